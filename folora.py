@@ -1,0 +1,507 @@
+"""FoLoRA: LoRA fine-tuning that does not forget (arXiv 2606.00132), in one file. Needs torch and nothing else.
+
+The idea. An update ΔW of a linear layer harms what the model knew by as much as it moves the layer's outputs on pretraining
+text, ΔW X_pre, and helps by as much as it moves them on the task, ΔW X_task. Both are quadratic forms of two input
+covariances, so their generalized eigenvectors v rank all input directions by ρ(v) = task utility per unit of forgetting.
+LoRA's down-projection A starts where pretraining activations are nearly zero, and is trained by Adam in the coordinates of
+these eigenvectors. A gate scales the Adam step of each coordinate: 1 where ρ is large, a small floor where it is small. The
+pretraining text is sampled from the model itself, because the model is the best record of what it was trained on.
+
+    paper                                    here
+    3.1  forgetting and utility, Eq. 5-10    collect_covariances
+    3.2  generalized eigenbasis, Eq. 11-17   generalized_eigenbasis
+    3.3  spectral-gated Adam, Eq. 18-24      spectral_gate, SAdam
+    3.4  model-generated text, Eq. 27, B.4   reject_reason, sample_calibration
+    B.3  null-space start                    null_space, LoRALinear
+    all  the recipe, in order                prepare = collect_covariances (twice), decompose, attach; later merge
+
+    symbol           shape            in code                 meaning
+    W0, W_res        (d_out, d_in)    base_layer.weight       pretrained weight; what is left of it beside B0 A0
+    A, B             (r, d_in), (d_out, r)  lora_A, lora_B    W = W_res + κ B A
+    κ                scalar           scaling = alpha / rank
+    X_pre, X_task    (d_in, tokens)   the hooks' x, transposed
+    C_pre, C_task    (d_in, d_in)     C_pre, C_task           means of x xᵀ over tokens
+    τ, H             scalar, (d_in, d_in)   tau, H            H = C_pre + τ I, positive definite; H = L Lᵀ
+    Γ, V             (d_in,), (d_in, d_in)  gamma, V; "basis" C_task v = γ H v, γ descending, Vᵀ H V = I
+    λ, s_min, s̃      scalars, (d_in,) lam, s_min, "gate"      gate sharpness, floor, gate
+    G, Ḡ, m, v       (r, d_in)        grad, G_bar, m, v       gradient of A, the same in V's coordinates, its moments
+
+Use it on any model with nn.Linear layers. `model` below is a transformer, a batch is a dict of its inputs:
+
+    import folora
+    texts = folora.sample_calibration(model, tokenizer, 2000)
+    optimizer = folora.prepare(model, [{"input_ids": t[None]} for t in texts], task_batches, lr=3e-4, rank=128)
+    for batch in training_batches:                       # any loop, any scheduler, any gradient accumulation
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model = folora.merge(model)                          # a plain model again, as large and as fast as before
+
+Where the paper is silent, or we leave it (measured figures: README, "What the holes cost"):
+ 1. Scale. A sum over tokens would let γ, and the length of V's columns with it A's step, depend on the number of calibration
+    tokens. Covariances here are means, and `decompose` divides each by its mean eigenvalue trace/d_in. γ then compares the
+    *shares* of energy that a direction has on the two texts, and λ = 1 asks for equal shares.
+ 2. τ = 0.01, relative to that mean eigenvalue. It bounds V: no column is longer than 1/√τ = 10, so no coordinate of A steps
+    by more than 10 lr. Smaller τ lets A run off into directions that the calibration text merely happened to miss.
+ 3. The learning rate of A may differ from B's (`lr_a`), since a step in V's coordinates is not a step in A's.
+ 4. κ = 1 unless `alpha` is given.
+ 5. The residual W_res is stored in the dtype of the base. In bfloat16 its rounding alone moves the model. `zero_start=True`
+    keeps W0 untouched and starts with B = 0 from the same A0: exact at step 0 in every dtype, at the same cost. It is not the
+    paper's start, so it is off by default.
+ 6. C_task is taken over whole examples, prompts and responses: adapters act on both.
+ 7. Precision. H is factorised and applied in float64 (cheap: a few triangular solves), the eigenproblem is solved in float32.
+ 8. Text is generated in the dtype of the model that is passed, where the paper uses float16.
+
+Left out: OPLoRA-like hard projections, dense-weight SAdam with a truncated basis (Appendix D), weight decay and dropout (the
+paper uses neither), quantised base weights, convolutions.
+"""
+import functools
+import hashlib
+import math
+import warnings
+import weakref
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")       # Appendix B: all seven
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3.1  What must not move and what must be learned: one covariance of each kind per distinct input
+# ---------------------------------------------------------------------------------------------------------------------
+
+def find_targets(model, target_modules=TARGET_MODULES, rank=1):
+    """The nn.Linear modules that adapters of `rank` go to, {full name: module}, in the model's own order.
+
+    A target matches as a whole name or as its last part: "q_proj" matches "layers.0.attn.q_proj". ValueError if one matches
+    nothing (it lists what there is), if a weight is used elsewhere too (a tied embedding: to adapt one is to move both), or if
+    the rank is above an input width.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {name: m for name, m in linears.items() if any(f".{name}".endswith(f".{t}") for t in target_modules)}
+    missing = [t for t in target_modules if not any(f".{name}".endswith(f".{t}") for name in found)]
+    if missing or not found:
+        has = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"no nn.Linear is called {', '.join(missing) or '(no target given)'}; this model has: {', '.join(has) or 'none'}")
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, module in found.items():
+        if uses[id(module.weight)] > 1:
+            raise ValueError(f"{name} shares its weight with another module (tied): leave it out of target_modules, or give it a copy")
+        if not 0 < rank <= module.in_features:
+            raise ValueError(f"rank must be between 1 and the input width of {name}, {module.in_features}, not {rank}")
+    return found
+
+
+class _Gram:
+    """Σ x xᵀ and the token count of one distinct input, and which tensor was added last."""
+
+    def __init__(self, x):
+        self.sum = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+        self.tokens, self.last = 0, (lambda: None, 0)
+
+    def is_last(self, x):
+        # An `id` may be reused once its tensor is gone, and a tensor may be overwritten in place between two layers that read
+        # it: a weak reference catches the first, autograd's version counter the second.
+        return self.last[0]() is x and self.last[1] == x._version
+
+    def add(self, x, rows):
+        rows = rows.float()                                # (tokens, d_in): bf16 sums would lose everything past 256 terms
+        self.sum.addmm_(rows.mT, rows)                     # C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in)
+        self.tokens, self.last = self.tokens + len(rows), (weakref.ref(x), x._version)
+
+
+def _real_tokens(name, x, mask):
+    """x (..., d_in) without its padding: (tokens, d_in)."""
+    rows = x.reshape(-1, x.shape[-1])                      # (batch * length, d_in)
+    if mask is None:
+        return rows
+    if mask.numel() != len(rows):
+        raise ValueError(f"{name} received {len(rows)} rows where attention_mask has {mask.numel()} entries: pass batches without padding")
+    return rows[mask.reshape(-1).to(rows.device)]
+
+
+@torch.no_grad()
+def collect_covariances(model, batches, target_modules=TARGET_MODULES):
+    """Input covariances of the target layers: C_pre or C_task of Eq. 5-7, depending on the text.
+
+    batches         an iterable of dicts, each passed as model(**batch); positions whose "attention_mask" is 0 do not count
+    returns         {module name: (d_in, d_in) float32}, the *mean* of x xᵀ over all tokens, so (1/T) X Xᵀ: it depends neither
+                    on how tokens are cut into batches nor, in scale, on how many there are. Modules that read the same input
+                    tensor (q, k, v; gate, up) share one accumulation and get one and the same tensor.
+    ValueError      no target, no batch, or a layer that no token reached
+
+    For a language model add "logits_to_keep": 1 to each batch: nothing here reads the logits. Wrap `batches` for a bar.
+    """
+    targets = find_targets(model, target_modules)
+    grams, seen, mask = {}, Counter(), None
+
+    def hook(module, args, name):
+        x = args[0]
+        gram = grams.get(name) or next((g for g in set(grams.values()) if g.is_last(x)), None)
+        gram = grams[name] = gram or _Gram(x)
+        rows = _real_tokens(name, x, mask)
+        seen[name] += len(rows)
+        if not gram.is_last(x):
+            gram.add(x, rows)
+
+    handles = [m.register_forward_pre_hook(functools.partial(hook, name=name)) for name, m in targets.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            mask = None if mask is None or mask.bool().all() else mask.bool()
+            for gram in set(grams.values()):
+                gram.last = (lambda: None, 0)              # the next batch may be the very same tensor
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    for name in targets:
+        if not seen[name]:
+            raise ValueError(f"no token reached {name}: give at least one batch, and text that uses every target layer")
+        if seen[name] != grams[name].tokens:               # grouped on the first call, apart on a later one
+            raise ValueError(f"{name} shared its input with another layer in some calls but not in all: collect it separately")
+    means = {gram: gram.sum.div_(gram.tokens) for gram in set(grams.values())}
+    return {name: means[grams[name]] for name in targets}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3.2  The generalized eigenbasis of (C_task, H): directions by utility per unit of forgetting
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _cholesky(C_pre, tau):
+    """L (..., d, d) in float64 with L Lᵀ = H = C_pre + τ I. Where that is not positive definite τ grows tenfold, with a warning."""
+    C = C_pre.double()
+    if not torch.isfinite(C).all():
+        raise ValueError("C_pre has entries that are not finite: look for overflow in the model's activations (float16?)")
+    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)                                     # (...): the mean eigenvalue
+    ridge, least = torch.full_like(mean, tau), (1e-9 * mean.abs()).clamp(min=1e-30)
+    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    for attempt in range(10):
+        L, info = torch.linalg.cholesky_ex(C + ridge[..., None, None] * eye)         # H, Eq. 6
+        if not info.any():
+            if attempt:
+                warnings.warn(f"C_pre + tau I was not positive definite at tau = {tau:g}; tau was raised to {ridge.max().item():.3g}")
+            return L
+        ridge = torch.where(info > 0, torch.maximum(10 * ridge, least), ridge)
+    raise ValueError(f"C_pre is not a covariance: even with tau = {ridge.max().item():.3g} it is not positive definite")
+
+
+def generalized_eigenbasis(C_task, C_pre, tau):
+    """Solve C_task v = γ H v with H = C_pre + τ I (Eq. 11-17), for one layer or for a stack of equal shapes.
+
+    C_task, C_pre   (..., d, d), symmetric, positive semidefinite; any rank
+    tau             absolute: in the units of C_pre's eigenvalues
+    returns         gamma (..., d) ≥ 0, descending; V (..., d, d), its columns the eigenvectors: Vᵀ H V = I, Vᵀ C_task V = Γ
+    ValueError      entries that are not finite. If H is not positive definite τ is raised tenfold until it is, with a warning.
+
+    The paper writes V = H^(-1/2) R with the symmetric root (Eq. 17). Any L with L Lᵀ = H gives the same V up to signs, and up
+    to rotations inside a repeated γ; the triangular one costs a ninth. The optimiser does not notice signs.
+    """
+    if not torch.isfinite(C_task).all():
+        raise ValueError("C_task has entries that are not finite: look for overflow in the model's activations (float16?)")
+    L = _cholesky(C_pre, tau)
+    half = torch.linalg.solve_triangular(L, C_task.double(), upper=False)            # L⁻¹ C_task
+    M = torch.linalg.solve_triangular(L, half.mT, upper=False)                       # L⁻¹ C_task L⁻ᵀ, (..., d, d)
+    # Eq. 16: R Γ Rᵀ. float64 ends here: with H applied exactly, float32 costs γ only 1e-7 of the largest one, while a float32
+    # L would be off by cond(H) · 1e-7, all of it in the directions that matter most, those of least penalty.
+    gamma, R = torch.linalg.eigh(((M + M.mT) / 2).to(C_pre.dtype))                   # ascending
+    V = torch.linalg.solve_triangular(L.mT, R.flip(-1).double(), upper=True)         # Eq. 17: V = L⁻ᵀ R
+    return gamma.flip(-1).clamp(min=0), V.to(C_pre.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3.3  Adam in that basis, each coordinate's step scaled by its gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+def spectral_gate(gamma, lam, s_min):
+    """Eq. 22: gate (..., d) in [s_min, 1] from gamma (..., d). `lam` > 0 is the γ whose gate is one half; s_min in [0, 1]."""
+    if not lam > 0 or not 0 <= s_min <= 1:
+        raise ValueError(f"lam must be > 0 and s_min in [0, 1], not lam = {lam}, s_min = {s_min}")
+    s = gamma / (gamma + lam)                              # s_i = γ_i / (γ_i + λ)
+    return s.clamp(min=s_min)                              # s̃_i = max(s_i, s_min)
+
+
+class SAdam(torch.optim.Optimizer):
+    """Spectral-gated Adam (3.3) and plain Adam in one optimiser, so that one scheduler and one state_dict serve both.
+
+    params          parameters or groups, as for torch.optim.Adam. A group with "basis" (V: d_in, d_in) and "gate" (s̃: d_in) is
+                    spectral: its parameters are A's, (rank, d_in). Those that read one input belong in one group and share V.
+                    A group without them gets plain Adam: torch.optim.Adam's numbers, no weight decay.
+    lr, betas, eps  as in Adam; each may be set in a group
+
+    `p.grad` is only read. The basis is part of state_dict (a resumed run needs the very same one, signs included). Each row of A
+    is transformed, scaled and moved alone, so A may be sharded by rows across devices with no change here.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        if not lr >= 0 or not all(0 <= b < 1 for b in betas) or not eps >= 0:
+            raise ValueError(f"lr and eps must be >= 0 and betas in [0, 1), not lr = {lr}, betas = {betas}, eps = {eps}")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, basis=None, gate=None))
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        V, gate = self.param_groups[-1]["basis"], self.param_groups[-1]["gate"]
+        if (V is None) != (gate is None):
+            raise ValueError("a spectral group needs both a basis and a gate")
+        for p in self.param_groups[-1]["params"] if V is not None else ():
+            if V.shape != (p.shape[-1],) * 2 or gate.shape != p.shape[-1:]:
+                raise ValueError(f"a parameter {tuple(p.shape)} does not fit basis {tuple(V.shape)} and gate {tuple(gate.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of all parameters that have a gradient. Returns closure()'s loss, if a closure is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p, group):
+        V, gate, (beta1, beta2) = group["basis"], group["gate"], group["betas"]
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        t, m, v = state["step"], state["exp_avg"], state["exp_avg_sq"]
+        G_bar = p.grad if V is None else p.grad @ V                 # Eq. 18-19: Ḡ = G V, (r, d) @ (d, d)
+        m.mul_(beta1).add_(G_bar, alpha=1 - beta1)                  # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ, kept in V's coordinates
+        v.mul_(beta2).addcmul_(G_bar, G_bar, value=1 - beta2)       #         v ← β₂ v + (1 - β₂) Ḡ²
+        m_hat = m / (1 - beta1 ** t)                                # Eq. 21
+        root_v_hat = v.sqrt().div_(math.sqrt(1 - beta2 ** t))
+        step = m_hat.div_(root_v_hat.add_(group["eps"])).mul_(-group["lr"])
+        if V is not None:
+            # Gating the gradient instead would do nothing: Adam divides any constant factor of it out again.
+            step = (step * gate) @ V.mT                             # Eq. 23: ΔĀ = step · diag(s̃); Eq. 24: ΔA = ΔĀ Vᵀ
+        p.add_(step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3.4, B.4  Pretraining text from the pretrained model itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+DECODING = ((0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),              # B.4: share of the samples, how they are drawn
+            (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
+            (0.1, dict(temperature=1.2, top_p=0.98, top_k=50)))
+GIVE_UP = 64                                                               # rejects in a row (ours)
+
+
+def reject_reason(tokens):
+    """B.4's degeneracy screen for one list of generated token ids: why it is rejected, or None if it passes."""
+    n, run = len(tokens), 1
+    if n < 32:
+        return "fewer than 32 tokens"
+    for left, right in zip(tokens, tokens[1:]):
+        run = run + 1 if left == right else 1
+        if run >= 20:
+            return "a run of 20 equal tokens"
+    if n >= 128 and len(set(tokens)) / n < 0.12:
+        return "too few distinct tokens"
+    if n >= 256 and len(set(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))) / (n - 3) < 0.25:
+        return "too few distinct 4-grams"
+    return None
+
+
+def _candidates(model, count, bos, eos, batch_size, **lengths):
+    """Yield `count` token lists drawn from a single BOS, each cut before its end of sequence; BOS itself is not in them."""
+    drawn = torch.multinomial(torch.tensor([share for share, _ in DECODING]), count, replacement=True)
+    for k in drawn.sort().values.unique().tolist():        # each sample draws its decoding; a batch has one
+        for chunk in drawn[drawn == k].split(batch_size):
+            start = torch.full((len(chunk), 1), bos, device=next(model.parameters()).device)
+            # repetition_penalty is named because chat models ship one in their generation_config, and it is not part of B.4.
+            rows = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, repetition_penalty=1.0,
+                                  pad_token_id=eos[0], **DECODING[k][1], **lengths)
+            for row in rows[:, 1:].tolist():
+                yield row[:next((i for i, token in enumerate(row) if token in eos), len(row))]
+
+
+@torch.no_grad()
+def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_new_tokens=512, batch_size=64, seed=0, progress=None):
+    """Sample D_pre of Eq. 27 by B.4's protocol: ancestral, from BOS, decoding drawn from a mixture, degenerate text screened out.
+
+    model           any causal language model with Hugging Face's `generate`; it stays in its dtype and on its device
+    tokenizer       needs bos_token_id (else eos_token_id: Qwen has no BOS), eos_token_id and decode
+    min_new_tokens  no end of sequence before that many tokens
+    progress        called with 1 for each sample that passes, such as `tqdm(total=num_samples).update`
+    returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed and batch_size
+    RuntimeError    GIVE_UP samples in a row were rejected; the message counts the reasons
+    """
+    if not 0 < min_new_tokens <= max_new_tokens:
+        raise ValueError(f"need 0 < min_new_tokens <= max_new_tokens, not {min_new_tokens} and {max_new_tokens}")
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)     # a chat model may have several
+    eos = tokenizer.eos_token_id if eos is None else eos
+    eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    kept, texts, rejected, in_a_row = [], set(), Counter(), 0
+
+    def passes(tokens):
+        nonlocal in_a_row
+        digest = hashlib.sha1(tokenizer.decode(tokens).encode()).digest()
+        reason = "exact duplicate" if digest in texts else reject_reason(tokens)
+        texts.add(digest)
+        in_a_row = in_a_row + 1 if reason else 0
+        rejected.update([reason] if reason else [])
+        if in_a_row >= GIVE_UP:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.most_common())
+            raise RuntimeError(f"the model only produces text that the screen rejects ({reasons}); {len(kept)} of {num_samples} passed")
+        if progress and not reason:
+            progress(1)
+        return not reason
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
+            torch.manual_seed(seed)
+            while len(kept) < num_samples:
+                drawn = _candidates(model, num_samples - len(kept), bos, eos, batch_size,
+                                    min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
+                kept += [torch.tensor([bos] + tokens) for tokens in drawn if passes(tokens)]
+            return [kept[i] for i in torch.randperm(num_samples)]    # drawn by decoding: unshuffled, a slice would not be a sample
+    finally:
+        model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B.3  The adapter and its start
+# ---------------------------------------------------------------------------------------------------------------------
+
+def null_space(C, rank):
+    """B.3's U_perpᵀ (..., rank, d_in): orthonormal rows, the `rank` eigenvectors of C (..., d_in, d_in) of least energy.
+
+    No A0 with orthonormal rows has a smaller ‖A0 X‖²_F: it is the sum of the `rank` smallest eigenvalues. An error δ of a
+    float32 eigenvector enters that energy as δ² only, so float32 is enough. ValueError if rank > d_in.
+    """
+    if not 0 < rank <= C.shape[-1]:
+        raise ValueError(f"rank must be between 1 and the input width {C.shape[-1]}, not {rank}")
+    return torch.linalg.eigh(C).eigenvectors[..., :rank].mT.contiguous()             # eigh: ascending
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear plus a trainable low-rank term: y = W x + κ B (A x), κ = alpha / rank (alpha=None: κ = 1).
+
+    A0, B0          neither: LoRA's start, A Kaiming-uniform, B = 0. A0 alone (rank, d_in): B.3's, B0 = κ⁻¹ W0 A0ᵀ. Both: as given.
+    Whatever the start, W_res = W0 - κ B0 A0 takes W0's place, so that the layer computes what it did before, up to rounding in
+    W0's dtype. A and B are float32 in every case, and cast to the input's dtype where they are applied.
+    """
+
+    def __init__(self, base_layer, rank, alpha=None, A0=None, B0=None):
+        super().__init__()
+        d_out, d_in = base_layer.weight.shape
+        W0 = base_layer.weight.detach().float()
+        if not 0 < rank <= d_in:
+            raise ValueError(f"rank must be between 1 and the input width {d_in}, not {rank}")
+        self.base_layer, self.rank, self.scaling = base_layer.requires_grad_(False), rank, (alpha or rank) / rank
+        if A0 is None:
+            B0 = W0.new_zeros(d_out, rank) if B0 is None else B0
+            A0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5))
+        elif B0 is None:
+            B0 = W0 @ A0.to(W0).mT / self.scaling                         # κ⁻¹ W0 U_perp: (d_out, d_in) @ (d_in, r)
+        self.lora_A = nn.Parameter(A0.to(W0).clone())
+        self.lora_B = nn.Parameter(B0.to(W0).clone())
+        if B0.any():                                                      # a new Parameter: the old one may be in use elsewhere
+            W_res = W0 - self.scaling * self.lora_B.detach() @ self.lora_A.detach()
+            base_layer.weight = nn.Parameter(W_res.to(base_layer.weight.dtype), requires_grad=False)
+
+    def forward(self, x):
+        low = F.linear(x, self.lora_A.to(x.dtype))                        # A x: (..., d_in) -> (..., r)
+        return self.base_layer(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self):
+        """The plain nn.Linear with W = W_res + κ B A, added in float32 and rounded once."""
+        W = self.base_layer.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        self.base_layer.weight = nn.Parameter(W.to(self.base_layer.weight.dtype), requires_grad=False)
+        return self.base_layer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+STACK = 2 ** 24            # matrix entries that are decomposed at a time: small layers in stacks, large ones alone
+
+
+def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
+    """Solve every eigenproblem of the recipe, one per distinct input. Nothing in it depends on λ, s_min, lr or alpha.
+
+    C_pre, C_task   as collect_covariances returns them; each is first divided by its mean eigenvalue, trace / d_in
+    returns         [{"modules": names that share the input, "A0": (rank, d_in), "gamma": (d_in,), "V": (d_in, d_in)}]: tensors
+                    and strings, so torch.save keeps it and many runs can share it
+    progress        called with the number of inputs that were just finished
+    """
+    shared, by_width, sites = {}, {}, []
+    for name in C_pre:
+        shared.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
+    for names in shared.values():
+        by_width.setdefault(C_pre[names[0]].shape[-1], []).append(names)
+    unit = lambda C: C / C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)      # mean eigenvalue 1
+    for width, groups in by_width.items():
+        size = max(1, STACK // width ** 2)
+        for stack in (groups[i:i + size] for i in range(0, len(groups), size)):
+            pre = unit(torch.stack([C_pre[names[0]] for names in stack]))              # (sites, d_in, d_in)
+            task = unit(torch.stack([C_task[names[0]] for names in stack]))
+            gamma, V = generalized_eigenbasis(task, pre, tau)
+            columns = zip(stack, null_space(pre, rank), gamma, V)
+            sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in columns]
+            if progress:
+                progress(len(stack))
+    return sites
+
+
+def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
+    """Freeze the model, put an adapter on every module of `sites` (from decompose), and return the SAdam that trains them."""
+    model.requires_grad_(False)
+    spectral, Bs = [], []
+    for site in sites:
+        adapters = []
+        for name in site["modules"]:
+            base = model.get_submodule(name)
+            A0 = site["A0"].to(base.weight.device)
+            B0 = A0.new_zeros(base.out_features, len(A0)) if zero_start else None
+            adapters.append(LoRALinear(base, len(A0), alpha, A0, B0))
+            model.set_submodule(name, adapters[-1])
+        gate = spectral_gate(site["gamma"], lam, s_min)
+        spectral.append({"params": [a.lora_A for a in adapters], "lr": lr if lr_a is None else lr_a,
+                         "basis": site["V"].to(A0.device), "gate": gate.to(A0.device)})
+        Bs += [a.lora_B for a in adapters]
+    return SAdam(spectral + [{"params": Bs}], lr)          # B: plain Adam, in its own coordinates
+
+
+def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0, s_min=0.3,
+            target_modules=TARGET_MODULES, lr_a=None, zero_start=False):
+    """FoLoRA in one call: adapt `model` in place, freeze the rest of it, and return the optimiser to train it with.
+
+    pretrain_batches   batches (dicts, passed as model(**batch)) of text that must not move: see sample_calibration
+    task_batches       batches of the target task; 256 examples in the paper. Both are read once.
+    lr, lr_a           learning rates of B and of A (None: the same)
+    rank, alpha        of the adapters; κ = alpha / rank, None: 1
+    tau                ridge, relative to the mean eigenvalue of C_pre
+    lam, s_min         the gate's sharpness and floor, Eq. 22
+    zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
+    ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
+    """
+    find_targets(model, target_modules, rank)
+    if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0):
+        raise ValueError(f"tau and learning rates must be >= 0, not tau = {tau}, lr = {lr}, lr_a = {lr_a}")
+    spectral_gate(torch.ones(1), lam, s_min)               # raises if out of range
+    C_pre = collect_covariances(model, pretrain_batches, target_modules)
+    C_task = collect_covariances(model, task_batches, target_modules)
+    return attach(model, decompose(C_pre, C_task, rank, tau), lr, lr_a, alpha, lam, s_min, zero_start)
+
+
+def merge(model):
+    """Fold every adapter into its base layer, in place, and return the plain model (its parameters stay frozen)."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.merged())
+    return model

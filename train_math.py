@@ -1,0 +1,337 @@
+"""Fine-tune a language model on maths with FoLoRA, and show what it learned and what it kept.
+
+    python train_math.py                                   # the embedded model, on CPU: about two minutes
+    python train_math.py --method lora                     # the same with plain LoRA
+    python train_math.py --model Qwen2.5-1.5B              # GSM8K from the hub, on a CUDA GPU
+    python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,nq_open=NQ.jsonl,drift      # everything local
+
+The run is kept in --out: config.json (every option as resolved, versions), metrics.jsonl, summary.json (scores, seconds of each
+stage, peak memory), merged/ (a plain Hugging Face checkpoint). The same command with the same --out goes on where an interrupted
+run was last saved, and ends with the same numbers. A line of metrics.jsonl:
+
+    step             optimiser steps done             loss        mean NLL of the batch's response tokens before the step, nat
+    lr               of B, at that step               grad_norm   of all gradients together, before clipping at 1
+    tokens_per_s     tokens trained on (no padding)   drift       KL(untouched || now), nat per token, on 256 positions of
+                                                                  held-out self-generated text; every --log-every steps, else null
+"""
+import argparse
+import errno
+import json
+import math
+import platform
+import resource
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+import eval as ev
+import folora
+
+# option: (default, the default with --model tiny or None, whose value, help). --preset tuned replaces some: TUNED.
+OPTIONS = {
+    "model": ("tiny", None, "ours", "directory, hub id or short name (Qwen2.5-1.5B, Llama-2-7b, SmolLM2-135M); tiny is the embedded one"),
+    "method": ("folora", None, "paper", "folora; lora: Kaiming start, AdamW; lora-null: FoLoRA's start, plain Adam on A and B"),
+    "preset": ("paper", None, "paper", "paper, or tuned: what measured better, see README"),
+    "data": ("openai/gsm8k", "tiny/train.jsonl", "ours", "hub id or .jsonl with question/answer, query/response or instruction/output"),
+    "rank": (128, 32, "paper", "adapter rank"),
+    "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
+    "lr": (3e-4, 2e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
+    "lr_a": (None, None, "ours", "learning rate of A; none: the same"),
+    "lam": (1.0, None, "paper", "lambda, the gate's sharpness"),
+    "s_min": (0.3, None, "paper", "the gate's floor"),
+    "tau": (0.01, None, "ours", "ridge, relative to the mean eigenvalue of C_pre"),
+    "zero_start": (0, None, "paper", "1: B starts at zero and W0 stays; 0: the paper's residual start"),
+    "epochs": (3, 2, "ours", "passes over the data (paper: 1)"),
+    "warmup": (0.03, None, "paper", "share of the steps in which the learning rate rises; then cosine to zero"),
+    "max_steps": (None, None, "ours", "stop there, with the cosine ending there too"),
+    "max_samples": (100_000, 3200, "paper", "the first N examples of the data"),
+    "batch_size": (128, 32, "paper", "examples a step"),
+    "micro_batch_size": (16, 32, "paper", "examples a forward pass: lower it if memory runs out"),
+    "max_length": (512, 256, "paper", "tokens an example"),
+    "calibration": ("self", None, "paper", "text that must not move: self (sampled from the model), or a hub id or .jsonl with text"),
+    "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
+    "calibration_max_tokens": (512, 224, "paper", "tokens of a sampled sequence, at most (at least: 128)"),
+    "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
+    "task_samples": (256, None, "paper", "training examples for C_task"),
+    "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
+    "eval_samples": (500, 200, "ours", "rows a task"),
+    "log_every": (10, None, "ours", "steps between two measurements of drift, and between two checkpoints"),
+    "seed": (0, None, "ours", "of the calibration text, the adapters and the order of the data"),
+    "dtype": ("auto", None, "ours", "of the base model: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float32 or float16"),
+    "device": ("auto", None, "ours", "cuda, cpu, or auto: cuda if there is one"),
+    "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
+}
+TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3}
+CHOICES = {"method": ("folora", "lora", "lora-null"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
+PLACES = {"out", "device", "micro_batch_size"}             # a resumed run may change these
+
+
+def parse_options(arguments=None):
+    """The resolved options: what the command line says, else the preset's value, else tiny's, else the default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, tiny, source, text) in OPTIONS.items():
+        columns = {source: default, "tiny": tiny, "tuned": TUNED.get(name)}
+        notes = [f"{whose}: {value}" for whose, value in columns.items() if value is not None] or [source]
+        kind = type(default) if default is not None else {"max_steps": int, "alpha": float, "lr_a": float}.get(name, str)
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, choices=CHOICES.get(name), help=f"{text} [{'; '.join(notes)}]".replace("%", "%%"))
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    options = {name: default for name, (default, *_) in OPTIONS.items()}
+    if given.get("model", "tiny") == "tiny":
+        options.update({name: tiny for name, (_, tiny, *_) in OPTIONS.items() if tiny is not None}, data=str(ev.TINY / "train.jsonl"))
+    if given.get("preset") == "tuned":
+        options.update(TUNED)
+    options.update(given)
+    options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
+    for name in ("rank", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
+        if options[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+    return argparse.Namespace(**options)
+
+
+# ---- the run's directory --------------------------------------------------------------------------------------------
+
+def open_run(options):
+    """The run's directory, new or to be resumed; config.json written. One clear line if it belongs to another run."""
+    name = f"{Path(options.model).name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(options.out or Path("runs", name))
+    options.out = str(out)
+    mine, config = vars(options), out / "config.json"
+    if (out / "summary.json").exists():
+        sys.exit(f"{out} holds a finished run: give another --out, or delete it")
+    if config.exists():
+        theirs = json.loads(config.read_text())["options"]
+        differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in mine if k not in PLACES and mine[k] != theirs.get(k)]
+        if differ:
+            sys.exit(f"{out} holds an unfinished run with {', '.join(differ)}: give the same options to go on with it, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    config.write_text(json.dumps({"options": mine, "versions": versions}, indent=1))
+    return out
+
+
+def save(value, path):
+    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
+    torch.save(value, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def check_disk(out, model, rank):
+    """Stop now, with one line, rather than hours later: the run writes the bases, checkpoints, and the merged model."""
+    widths = [m.in_features for m in folora.find_targets(model, rank=rank).values()]
+    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * sum(d * d for d in widths) // 2 + 24 * rank * sum(widths)
+    free = shutil.disk_usage(out).free
+    if free < need:
+        sys.exit(f"{out}: the run writes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give an --out on a larger disk")
+
+
+# ---- the stages -----------------------------------------------------------------------------------------------------
+
+@contextmanager
+def stage(seconds, name):
+    """Time a stage into seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
+
+
+def calibration_texts(options, model, tokenizer, device, dtype):
+    """The token sequences behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
+    if options.calibration != "self":
+        rows = ev.read_rows(options.calibration, limit=options.calibration_samples)
+        texts = [ev.field(row, ("text", "question"), options.calibration, n) for n, row in enumerate(rows, 1)]
+        return [torch.tensor(tokenizer(text)["input_ids"][:options.calibration_max_tokens]) for text in texts]
+    if options.calibration_model:
+        model, theirs = ev.load_model(options.calibration_model, device, dtype)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            sys.exit(f"--calibration-model {options.calibration_model} has another tokenizer than {options.model}: its text would not be the model's")
+    longest = options.calibration_max_tokens
+    bar = tqdm(total=options.calibration_samples, desc="calibration text", unit="text")
+    return folora.sample_calibration(model, tokenizer, options.calibration_samples, min(128, longest), longest, seed=options.seed, progress=bar.update)
+
+
+def prepare_sites(options, model, tokenizer, examples, device, dtype, seconds):
+    """Calibration text, both covariances, all eigenproblems: what folora.prepare does, with bars and times."""
+    with stage(seconds, "calibration text"):
+        texts = [{"ids": t.tolist()} for t in calibration_texts(options, model, tokenizer, device, dtype)]
+
+    def covariances(sequences, name):
+        batches = ev.by_length(sequences, options.micro_batch_size, lambda e: len(e["ids"]))
+        inputs = (ev.collate([e["ids"] for e in batch], device) for batch in tqdm(batches, desc=name))
+        return folora.collect_covariances(
+            model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs))
+
+    with stage(seconds, "covariances"):
+        C_pre = covariances(texts, "C_pre")
+        C_task = covariances(examples[:options.task_samples], "C_task")
+    with stage(seconds, "eigenproblems"):
+        bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
+        return folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
+
+
+def add_adapters(options, model, sites):
+    """Adapters in place; the optimiser of the method."""
+    if options.method == "lora":
+        model.requires_grad_(False)
+        for name, base in folora.find_targets(model).items():
+            model.set_submodule(name, folora.LoRALinear(base, options.rank, options.alpha))
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0)
+    optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start))
+    if options.method == "lora-null":                      # the same start; a group without a basis is plain Adam
+        for group in optimizer.param_groups:
+            group["basis"] = group["gate"] = None
+    return optimizer
+
+
+def schedule(step, steps, warmup):
+    """Linear warm-up over a share of the steps, then a cosine to zero (Appendix B)."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def data_order(count, batch_size, epochs, max_steps, seed):
+    """[indices of the batch of step 0, 1, ...]: every epoch a new permutation, the incomplete last batch dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = max_steps or max(1, epochs * count // batch_size)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-steps * batch_size // count))])
+    return order[:steps * batch_size].view(steps, batch_size).tolist()
+
+
+def train_step(model, optimizer, batch, micro_batch_size):
+    """One step on a list of examples, in micro-batches: (loss, gradient norm, tokens). The loss is a mean over the batch's labels."""
+    labels = sum(label != -100 for e in batch for label in e["labels"][1:])
+    total = 0.0
+    for micro in ev.by_length(batch, micro_batch_size, lambda e: len(e["ids"])):
+        logits, targets = ev.label_logits(model, ev.collate(micro, model.device))
+        loss = F.cross_entropy(logits, targets, reduction="sum") / labels
+        loss.backward()
+        total += loss.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm, sum(len(e["ids"]) for e in batch)
+
+
+class Probe:
+    """Drift while training: the untouched model's log-probabilities at 256 positions of held-out text, kept, and KL against them."""
+
+    @torch.inference_mode()
+    def __init__(self, model, texts, positions=256):
+        self.batch = ev.collate([t.tolist() for t in texts[:4]], model.device)
+        chosen = (self.batch["labels"] != -100).flatten().nonzero().flatten()[positions:]
+        self.batch["labels"].view(-1)[chosen] = -100
+        self.before = ev.label_logits(model, self.batch)[0].log_softmax(-1)
+
+    @torch.inference_mode()
+    def __call__(self, model):
+        now = ev.label_logits(model, self.batch)[0].log_softmax(-1)
+        return F.kl_div(now, self.before, log_target=True, reduction="sum").item() / len(now)
+
+
+def checkpoint(optimizer, model, step):
+    """What a resumed run needs beside prepared.pt: adapters, moments, step. The bases are in prepared.pt and not written again."""
+    state = optimizer.state_dict()
+    groups = [{k: v for k, v in group.items() if k not in ("basis", "gate")} for group in state["param_groups"]]
+    adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"step": step, "adapters": adapters, "optimizer": {"state": state["state"], "param_groups": groups}}
+
+
+def restore(optimizer, model, saved):
+    """Inverse of checkpoint; returns the number of steps that were done."""
+    groups = [{**{k: v for k, v in mine.items() if k in ("basis", "gate")}, **theirs}
+              for mine, theirs in zip(optimizer.param_groups, saved["optimizer"]["param_groups"])]
+    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    model.load_state_dict(saved["adapters"], strict=False)
+    return saved["step"]
+
+
+def train(options, model, optimizer, examples, probe, out):
+    """The loop: metrics.jsonl, checkpoints, and a bar."""
+    batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps, options.seed)
+    first = [group["lr"] for group in optimizer.param_groups]
+    saved, log = out / "checkpoint.pt", out / "metrics.jsonl"
+    done = restore(optimizer, model, torch.load(saved, map_location=model.device)) if saved.exists() else 0
+    lines = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+    log.write_text("".join(lines))                         # lines of steps after the checkpoint will be written again
+    bar = tqdm(range(done, len(batches)), desc="train", initial=done, total=len(batches))
+    for step in bar:
+        start = time.perf_counter()
+        for group, lr in zip(optimizer.param_groups, first):
+            group["lr"] = lr * schedule(step, len(batches), options.warmup)
+        loss, norm, tokens = train_step(model, optimizer, [examples[i] for i in batches[step]], options.micro_batch_size)
+        speed, due = tokens / (time.perf_counter() - start), (step + 1) % options.log_every == 0 or step + 1 == len(batches)
+        line = {"step": step + 1, "loss": loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": norm, "tokens_per_s": round(speed),
+                "drift": probe(model) if due else None}
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix(loss=f"{loss:.3f}", **({"drift": f"{line['drift']:.4f}"} if due else {}))
+        if due:
+            save(checkpoint(optimizer, model, step + 1), saved)
+
+
+def run(options):
+    """All stages, in order; prints the table."""
+    device, dtype = ev.pick_device(options.device, options.dtype)
+    seconds = {}
+    tasks = ev.load_tasks(options.tasks, options.eval_samples)
+    pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
+    model, tokenizer = ev.load_model(options.model, device, dtype)
+    folora.find_targets(model, rank=options.rank)
+    folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
+    examples = ev.encode_all(tokenizer, pairs, options.max_length)
+    out = open_run(options)
+    check_disk(out, model, options.rank)
+    with stage(seconds, "held-out text"):
+        texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    prepared = out / "prepared.pt"
+    if prepared.exists():
+        state = torch.load(prepared, map_location=device)
+    else:
+        with stage(seconds, "score untouched"):
+            state = {"before": ev.evaluate(model, tokenizer, tasks)}
+        state["sites"] = None if options.method == "lora" else prepare_sites(options, model, tokenizer, examples, device, dtype, seconds)
+        save(state, prepared)
+    probe = Probe(model, texts)
+    torch.manual_seed(options.seed)
+    optimizer = add_adapters(options, model, state["sites"])
+    with stage(seconds, "train"):
+        train(options, model, optimizer, examples, probe, out)
+    model = folora.merge(model)
+    model.save_pretrained(out / "merged")
+    tokenizer.save_pretrained(out / "merged")
+    with stage(seconds, "score tuned"):
+        reference = ev.load_model(options.model, device, dtype)[0] if "drift" in tasks else None
+        after = ev.evaluate(model, tokenizer, tasks, reference, texts)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    scores = {"untouched": {**state["before"], **ev.summarise(state["before"])}, "tuned": {**after, **ev.summarise(after, state["before"])}}
+    (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
+    for finished in (prepared, out / "checkpoint.pt"):
+        finished.unlink()
+    if tasks:
+        print(ev.table({"untouched": state["before"], options.method: after}))
+    print(f"{out}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; peak memory {peak:.1f} GB")
+
+
+def main(arguments=None):
+    options = parse_options(arguments)
+    try:
+        run(options)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.exit(f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}): lower --micro-batch-size, then --max-length or --rank")
+    except ValueError as error:                            # folora's own messages: one line each
+        sys.exit(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"the disk of {options.out} is full: free some space and run the same command again, it goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
