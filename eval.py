@@ -395,7 +395,7 @@ def main():
         if "drift" in tasks and source != loaded:
             reference, _ = load_model(source, device, dtype)
             texts, loaded = held_out(reference, tokenizer, options.max_new_tokens), source
-        columns[Path(name).name] = evaluate(model, tokenizer, tasks, reference, texts)
+        columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
     print(table(columns))
 
 

@@ -1,59 +1,65 @@
-"""FoLoRA: LoRA fine-tuning that does not forget (arXiv 2606.00132), in one file. Needs torch and nothing else.
+"""FoLoRA: LoRA fine-tuning that does not forget (arXiv 2606.00132), in one file. Needs torch (2.5 or newer) and nothing else.
 
 The idea. An update ΔW of a linear layer harms what the model knew by as much as it moves the layer's outputs on pretraining
 text, ΔW X_pre, and helps by as much as it moves them on the task, ΔW X_task. Both are quadratic forms of two input
 covariances, so their generalized eigenvectors v rank all input directions by ρ(v) = task utility per unit of forgetting.
 LoRA's down-projection A starts where pretraining activations are nearly zero, and is trained by Adam in the coordinates of
 these eigenvectors. A gate scales the Adam step of each coordinate: 1 where ρ is large, a small floor where it is small. The
-pretraining text is sampled from the model itself, because the model is the best record of what it was trained on.
+pretraining text is sampled from the model itself: the closer its conditionals are to those of its training data, the closer
+its text is to that data (Theorem 3.1).
 
     paper                                    here
-    3.1  forgetting and utility, Eq. 5-10    collect_covariances
-    3.2  generalized eigenbasis, Eq. 11-17   generalized_eigenbasis
+    3.1  forgetting and utility, Eq. 5-7     collect_covariances
+    3.2  generalized eigenbasis, Eq. 8-17    generalized_eigenbasis
     3.3  spectral-gated Adam, Eq. 18-24      spectral_gate, SAdam
     3.4  model-generated text, Eq. 27, B.4   reject_reason, sample_calibration
-    B.3  null-space start                    null_space, LoRALinear
+    B.3  null-space start, Eq. 3             null_space, LoRALinear
     all  the recipe, in order                prepare = collect_covariances (twice), decompose, attach; later merge
 
-    symbol           shape            in code                 meaning
-    W0, W_res        (d_out, d_in)    base_layer.weight       pretrained weight; what is left of it beside B0 A0
-    A, B             (r, d_in), (d_out, r)  lora_A, lora_B    W = W_res + κ B A
-    κ                scalar           scaling = alpha / rank
-    X_pre, X_task    (d_in, tokens)   the hooks' x, transposed
-    C_pre, C_task    (d_in, d_in)     C_pre, C_task           means of x xᵀ over tokens
-    τ, H             scalar, (d_in, d_in)   tau, H            H = C_pre + τ I, positive definite; H = L Lᵀ
-    Γ, V             (d_in,), (d_in, d_in)  gamma, V; "basis" C_task v = γ H v, γ descending, Vᵀ H V = I
-    λ, s_min, s̃      scalars, (d_in,) lam, s_min, "gate"      gate sharpness, floor, gate
-    G, Ḡ, m, v       (r, d_in)        grad, G_bar, m, v       gradient of A, the same in V's coordinates, its moments
+    symbol           shape                    in code                    meaning
+    W0, W_res        (d_out, d_in)            base_layer.weight          pretrained weight; what is left of it beside κ B0 A0
+    A, B             (r, d_in), (d_out, r)    lora_A, lora_B             W = W_res + κ B A; A0 = U_perpᵀ, B0 at the start
+    κ                scalar                   scaling                    alpha / rank
+    X_pre, X_task    (d_in, tokens)           rows, transposed           a layer's inputs on D_pre (self-generated), on the task
+    C_pre, C_task    (d_in, d_in)             C_pre, C_task              means of x xᵀ over tokens (uncentred covariances)
+    τ, H             scalar, (d_in, d_in)     tau, H                     H = C_pre + τ I = L Lᵀ, positive definite
+    Γ, V             (d_in,), (d_in, d_in)    gamma, V; "basis"          C_task v = γ H v, γ descending, Vᵀ H V = I
+    λ, s_min, s̃      scalars, (d_in,)         lam, s_min, "gate"         the gate: its sharpness, its floor, its values
+    G, Ā, Ḡ          (r, d_in)                p.grad, -, G_bar           gradient of A; A = Ā Vᵀ and its gradient Ḡ = G V
+    m, v (moments)   (r, d_in)                m, sq                      Adam's running means of Ḡ and Ḡ²
 
-Use it on any model with nn.Linear layers. `model` below is a transformer, a batch is a dict of its inputs:
+Use it on any model with nn.Linear layers (name them in target_modules if they are not Llama's seven). For a transformer:
 
     import folora
     texts = folora.sample_calibration(model, tokenizer, 2000)
-    optimizer = folora.prepare(model, [{"input_ids": t[None]} for t in texts], task_batches, lr=3e-4, rank=128)
-    for batch in training_batches:                       # any loop, any scheduler, any gradient accumulation
+    pretrain = [{"input_ids": t[None]} for t in texts]   # batches are dicts, passed as model(**batch)
+    optimizer = folora.prepare(model, pretrain, task[:256], lr=3e-4, rank=128)       # task: batches with "labels"
+    for batch in task:                                   # any loop, any scheduler, any gradient accumulation
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model = folora.merge(model)                          # a plain model again, as large and as fast as before
 
-Where the paper is silent, or we leave it (measured figures: README, "What the holes cost"):
- 1. Scale. A sum over tokens would let γ, and the length of V's columns with it A's step, depend on the number of calibration
-    tokens. Covariances here are means, and `decompose` divides each by its mean eigenvalue trace/d_in. γ then compares the
-    *shares* of energy that a direction has on the two texts, and λ = 1 asks for equal shares.
- 2. τ = 0.01, relative to that mean eigenvalue. It bounds V: no column is longer than 1/√τ = 10, so no coordinate of A steps
-    by more than 10 lr. Smaller τ lets A run off into directions that the calibration text merely happened to miss.
- 3. The learning rate of A may differ from B's (`lr_a`), since a step in V's coordinates is not a step in A's.
+Where the paper is silent, or we leave it (what we measured: README, "The holes, measured"):
+ 1. Scale. With sums over tokens γ would depend on the numbers of tokens, and so would the length of V's columns, which is the
+    step of A. `decompose` divides each covariance by its mean eigenvalue, trace / d_in. γ then compares *shares* of energy:
+    a direction that has the same share of the task's as of the pretraining text's has γ = 1, and at λ = 1 a gate of one half.
+    (The first token's huge activations count in both traces.)
+ 2. τ = 0.01, relative to that mean eigenvalue. No column of V is longer than 1/√τ, so a step of one eigen-coordinate moves A by
+    10 lr at most. A smaller τ lets A run into directions that the calibration text merely happened to miss.
+ 3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours.
  4. κ = 1 unless `alpha` is given.
- 5. The residual W_res is stored in the dtype of the base. In bfloat16 its rounding alone moves the model. `zero_start=True`
-    keeps W0 untouched and starts with B = 0 from the same A0: exact at step 0 in every dtype, at the same cost. It is not the
-    paper's start, so it is off by default.
+ 5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model.
+    `zero_start=True` keeps W0 and starts with B = 0 from the same A0: exact at step 0 in every dtype, at the same cost. It is
+    not the paper's start, so it is off by default.
  6. C_task is taken over whole examples, prompts and responses: adapters act on both.
- 7. Precision. H is factorised and applied in float64 (cheap: a few triangular solves), the eigenproblem is solved in float32.
- 8. Text is generated in the dtype of the model that is passed, where the paper uses float16.
+ 7. Precision. H is factorised and applied in float64 (a few triangular solves), the eigenproblem is solved in float32. Products
+    in float32 must be float32: leave torch.set_float32_matmul_precision at its default, "highest". A and B are float32 masters.
+ 8. Text is generated in the dtype of the model that is passed, where the paper uses float16; sampling gives up, rather than go
+    on for ever, on a model whose text never passes.
 
-Left out: OPLoRA-like hard projections, dense-weight SAdam with a truncated basis (Appendix D), weight decay and dropout (the
-paper uses neither), quantised base weights, convolutions.
+Left out: other methods' hard projections, dense-weight SAdam with a truncated basis (Appendix D), weight decay and dropout (the
+paper uses neither), quantised base weights, convolutions, models spread over several devices.
 """
 import functools
 import hashlib
@@ -61,6 +67,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +84,8 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     """The nn.Linear modules that adapters of `rank` go to, {full name: module}, in the model's own order.
 
     A target matches as a whole name or as its last part: "q_proj" matches "layers.0.attn.q_proj". ValueError if one matches
-    nothing (it lists what there is), if a weight is used elsewhere too (a tied embedding: to adapt one is to move both), or if
-    the rank is above an input width.
+    nothing (it lists what there is), if a weight is used elsewhere too (a tied embedding: to adapt one is to move both) or is
+    quantised, or if the rank is above an input width.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {name: m for name, m in linears.items() if any(f".{name}".endswith(f".{t}") for t in target_modules)}
@@ -86,13 +93,26 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     if missing or not found:
         has = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(f"no nn.Linear is called {', '.join(missing) or '(no target given)'}; this model has: {', '.join(has) or 'none'}")
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in found.items():
         if uses[id(module.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module (tied): leave it out of target_modules, or give it a copy")
+        if not module.weight.is_floating_point():
+            raise ValueError(f"{name} is quantised ({module.weight.dtype}): load the model in bfloat16, float16 or float32")
         if not 0 < rank <= module.in_features:
             raise ValueError(f"rank must be between 1 and the input width of {name}, {module.in_features}, not {rank}")
     return found
+
+
+@contextmanager
+def _evaluating(model):
+    """model.eval(), undone at the end, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class _Gram:
@@ -100,7 +120,11 @@ class _Gram:
 
     def __init__(self, x):
         self.sum = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        self.tokens, self.last = 0, (lambda: None, 0)
+        self.tokens = 0
+        self.forget()
+
+    def forget(self):
+        self.last = (lambda: None, 0)                      # what a dead weak reference returns, and a version
 
     def is_last(self, x):
         # An `id` may be reused once its tensor is gone, and a tensor may be overwritten in place between two layers that read
@@ -127,11 +151,12 @@ def _real_tokens(name, x, mask):
 def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     """Input covariances of the target layers: C_pre or C_task of Eq. 5-7, depending on the text.
 
-    batches         an iterable of dicts, each passed as model(**batch); positions whose "attention_mask" is 0 do not count
-    returns         {module name: (d_in, d_in) float32}, the *mean* of x xᵀ over all tokens, so (1/T) X Xᵀ: it depends neither
+    batches         an iterable of dicts, each moved to the model's device and passed as model(**batch); positions whose
+                    "attention_mask" is 0 do not count
+    returns         {module name: (d_in, d_in) float32}, the *mean* of x xᵀ over all T tokens, (1/T) X Xᵀ: it depends neither
                     on how tokens are cut into batches nor, in scale, on how many there are. Modules that read the same input
                     tensor (q, k, v; gate, up) share one accumulation and get one and the same tensor.
-    ValueError      no target, no batch, or a layer that no token reached
+    ValueError      no target, no batch, a layer that no token reached, inputs that are not finite
 
     For a language model add "logits_to_keep": 1 to each batch: nothing here reads the logits. Wrap `batches` for a bar.
     """
@@ -147,27 +172,34 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         if not gram.is_last(x):
             gram.add(x, rows)
 
+    device = next(model.parameters()).device
     handles = [m.register_forward_pre_hook(functools.partial(hook, name=name)) for name, m in targets.items()]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            mask = None if mask is None or mask.bool().all() else mask.bool()
-            for gram in set(grams.values()):
-                gram.last = (lambda: None, 0)              # the next batch may be the very same tensor
-            model(**batch)
+        with _evaluating(model):
+            for batch in batches:
+                batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                mask = batch.get("attention_mask")
+                mask = None if mask is None or mask.bool().all() else mask.bool()
+                for gram in grams.values():
+                    gram.forget()                          # this batch may be the very tensor of the last
+                model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     for name in targets:
-        if not seen[name]:
-            raise ValueError(f"no token reached {name}: give at least one batch, and text that uses every target layer")
-        if seen[name] != grams[name].tokens:               # grouped on the first call, apart on a later one
-            raise ValueError(f"{name} shared its input with another layer in some calls but not in all: collect it separately")
+        _check(name, seen[name], grams.get(name))
     means = {gram: gram.sum.div_(gram.tokens) for gram in set(grams.values())}
     return {name: means[grams[name]] for name in targets}
+
+
+def _check(name, tokens, gram):
+    """ValueError unless the covariance of a layer is one: some tokens, all of them its own, all finite."""
+    if not tokens:
+        raise ValueError(f"no token reached {name}: give at least one batch, and text that uses every target layer")
+    if tokens != gram.tokens:                              # grouped on the first call, apart (or called again) later
+        raise ValueError(f"{name} shared its input with another layer in some calls but not in all, or read it twice: leave it out")
+    if not torch.isfinite(gram.sum).all():
+        raise ValueError(f"the inputs of {name} are not finite: overflow in float16? Load the model in bfloat16 or float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,15 +213,16 @@ def _cholesky(C_pre, tau):
         raise ValueError("C_pre has entries that are not finite: look for overflow in the model's activations (float16?)")
     mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)                                     # (...): the mean eigenvalue
     ridge, least = torch.full_like(mean, tau), (1e-9 * mean.abs()).clamp(min=1e-30)
-    eye = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     for attempt in range(10):
-        L, info = torch.linalg.cholesky_ex(C + ridge[..., None, None] * eye)         # H, Eq. 6
+        H = C.clone()
+        H.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])                          # Eq. 6: H = C_pre + τ I
+        L, info = torch.linalg.cholesky_ex(H)
         if not info.any():
             if attempt:
                 warnings.warn(f"C_pre + tau I was not positive definite at tau = {tau:g}; tau was raised to {ridge.max().item():.3g}")
             return L
-        ridge = torch.where(info > 0, torch.maximum(10 * ridge, least), ridge)
-    raise ValueError(f"C_pre is not a covariance: even with tau = {ridge.max().item():.3g} it is not positive definite")
+        tried, ridge = ridge, torch.where(info > 0, torch.maximum(10 * ridge, least), ridge)
+    raise ValueError(f"C_pre is not a covariance: even with tau = {tried.max().item():.3g} it is not positive definite")
 
 
 def generalized_eigenbasis(C_task, C_pre, tau):
@@ -197,18 +230,18 @@ def generalized_eigenbasis(C_task, C_pre, tau):
 
     C_task, C_pre   (..., d, d), symmetric, positive semidefinite; any rank
     tau             absolute: in the units of C_pre's eigenvalues
-    returns         gamma (..., d) ≥ 0, descending; V (..., d, d), its columns the eigenvectors: Vᵀ H V = I, Vᵀ C_task V = Γ
+    returns         gamma (..., d) ≥ 0, descending, the quotients ρ(v) of Eq. 10; V (..., d, d), its columns the eigenvectors: Vᵀ H V = I, Vᵀ C_task V = Γ
     ValueError      entries that are not finite. If H is not positive definite τ is raised tenfold until it is, with a warning.
 
     The paper writes V = H^(-1/2) R with the symmetric root (Eq. 17). Any L with L Lᵀ = H gives the same V up to signs, and up
-    to rotations inside a repeated γ; the triangular one costs a ninth. The optimiser does not notice signs.
+    to rotations inside a repeated γ; Cholesky's triangular L is the cheap one. The optimiser does not notice signs.
     """
     if not torch.isfinite(C_task).all():
         raise ValueError("C_task has entries that are not finite: look for overflow in the model's activations (float16?)")
     L = _cholesky(C_pre, tau)
     half = torch.linalg.solve_triangular(L, C_task.double(), upper=False)            # L⁻¹ C_task
     M = torch.linalg.solve_triangular(L, half.mT, upper=False)                       # L⁻¹ C_task L⁻ᵀ, (..., d, d)
-    # Eq. 16: R Γ Rᵀ. float64 ends here: with H applied exactly, float32 costs γ only 1e-7 of the largest one, while a float32
+    # Eq. 16: M = R Γ Rᵀ, R orthogonal (L's R, not the symmetric root's). float64 ends here: with H applied exactly, float32 costs γ only 1e-7 of the largest one, while a float32
     # L would be off by cond(H) · 1e-7, all of it in the directions that matter most, those of least penalty.
     gamma, R = torch.linalg.eigh(((M + M.mT) / 2).to(C_pre.dtype))                   # ascending
     V = torch.linalg.solve_triangular(L.mT, R.flip(-1).double(), upper=True)         # Eq. 17: V = L⁻ᵀ R
@@ -220,11 +253,11 @@ def generalized_eigenbasis(C_task, C_pre, tau):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def spectral_gate(gamma, lam, s_min):
-    """Eq. 22: gate (..., d) in [s_min, 1] from gamma (..., d). `lam` > 0 is the γ whose gate is one half; s_min in [0, 1]."""
+    """The gate (..., d), between s_min and 1, of gamma (..., d). `lam` > 0 is the γ whose gate is one half; s_min in [0, 1]."""
     if not lam > 0 or not 0 <= s_min <= 1:
         raise ValueError(f"lam must be > 0 and s_min in [0, 1], not lam = {lam}, s_min = {s_min}")
-    s = gamma / (gamma + lam)                              # s_i = γ_i / (γ_i + λ)
-    return s.clamp(min=s_min)                              # s̃_i = max(s_i, s_min)
+    s = gamma / (gamma + lam)                              # Eq. 22: s_i = γ_i / (γ_i + λ)
+    return s.clamp(min=s_min)                              #         s̃_i = max(s_i, s_min)
 
 
 class SAdam(torch.optim.Optimizer):
@@ -236,7 +269,7 @@ class SAdam(torch.optim.Optimizer):
     lr, betas, eps  as in Adam; each may be set in a group
 
     `p.grad` is only read. The basis is part of state_dict (a resumed run needs the very same one, signs included). Each row of A
-    is transformed, scaled and moved alone, so A may be sharded by rows across devices with no change here.
+    is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it does in the whole.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -252,6 +285,12 @@ class SAdam(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"] if V is not None else ():
             if V.shape != (p.shape[-1],) * 2 or gate.shape != p.shape[-1:]:
                 raise ValueError(f"a parameter {tuple(p.shape)} does not fit basis {tuple(V.shape)} and gate {tuple(gate.shape)}")
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)                # moves the moments to the parameters' device, but no group's tensors
+        for group in self.param_groups:
+            if group["basis"] is not None:
+                group.update({key: group[key].to(group["params"][0].device) for key in ("basis", "gate")})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -272,17 +311,18 @@ class SAdam(torch.optim.Optimizer):
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
-        t, m, v = state["step"], state["exp_avg"], state["exp_avg_sq"]
+        t, m, sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
         G_bar = p.grad if V is None else p.grad @ V                 # Eq. 18-19: Ḡ = G V, (r, d) @ (d, d)
         m.mul_(beta1).add_(G_bar, alpha=1 - beta1)                  # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ, kept in V's coordinates
-        v.mul_(beta2).addcmul_(G_bar, G_bar, value=1 - beta2)       #         v ← β₂ v + (1 - β₂) Ḡ²
-        m_hat = m / (1 - beta1 ** t)                                # Eq. 21
-        root_v_hat = v.sqrt().div_(math.sqrt(1 - beta2 ** t))
-        step = m_hat.div_(root_v_hat.add_(group["eps"])).mul_(-group["lr"])
+        sq.mul_(beta2).addcmul_(G_bar, G_bar, value=1 - beta2)      #         v ← β₂ v + (1 - β₂) Ḡ²
+        m_hat = m / (1 - beta1 ** t)                                # Eq. 21: m̂ = m / (1 - β₁ᵗ)
+        root = sq.sqrt().div_(math.sqrt(1 - beta2 ** t))            #         √v̂ = √(v / (1 - β₂ᵗ))
+        delta = m_hat.div_(root.add_(group["eps"])).mul_(-group["lr"])                # -η m̂ / (√v̂ + ε), Adam's step
         if V is not None:
-            # Gating the gradient instead would do nothing: Adam divides any constant factor of it out again.
-            step = (step * gate) @ V.mT                             # Eq. 23: ΔĀ = step · diag(s̃); Eq. 24: ΔA = ΔĀ Vᵀ
-        p.add_(step)
+            # Eq. 23: ΔĀ = Adam's step · diag(s̃); Eq. 24: ΔA = ΔĀ Vᵀ. The gate scales the step and not the gradient: a factor of
+            # the gradient that stays the same is divided out again by √v̂.
+            delta = (delta * gate) @ V.mT                           # (r, d) @ (d, d)
+        p.add_(delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +332,7 @@ class SAdam(torch.optim.Optimizer):
 DECODING = ((0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),              # B.4: share of the samples, how they are drawn
             (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
             (0.1, dict(temperature=1.2, top_p=0.98, top_k=50)))
-GIVE_UP = 64                                                               # rejects in a row (ours)
+GIVE_UP = 64                                                               # so many rejects and not one pass (ours)
 
 
 def reject_reason(tokens):
@@ -314,12 +354,12 @@ def reject_reason(tokens):
 def _candidates(model, count, bos, eos, batch_size, **lengths):
     """Yield `count` token lists drawn from a single BOS, each cut before its end of sequence; BOS itself is not in them."""
     drawn = torch.multinomial(torch.tensor([share for share, _ in DECODING]), count, replacement=True)
-    for k in drawn.sort().values.unique().tolist():        # each sample draws its decoding; a batch has one
-        for chunk in drawn[drawn == k].split(batch_size):
-            start = torch.full((len(chunk), 1), bos, device=next(model.parameters()).device)
-            # repetition_penalty is named because chat models ship one in their generation_config, and it is not part of B.4.
+    for k, n in sorted(Counter(drawn.tolist()).items()):   # each sample draws its decoding; a batch has one
+        for size in (min(batch_size, n - done) for done in range(0, n, batch_size)):
+            start = torch.full((size, 1), bos, device=next(model.parameters()).device)
+            # A chat model's generation_config may bring a repetition penalty of its own, which is not part of B.4.
             rows = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, repetition_penalty=1.0,
-                                  pad_token_id=eos[0], **DECODING[k][1], **lengths)
+                                  eos_token_id=eos, pad_token_id=eos[0], **DECODING[k][1], **lengths)
             for row in rows[:, 1:].tolist():
                 yield row[:next((i for i, token in enumerate(row) if token in eos), len(row))]
 
@@ -329,46 +369,44 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     """Sample D_pre of Eq. 27 by B.4's protocol: ancestral, from BOS, decoding drawn from a mixture, degenerate text screened out.
 
     model           any causal language model with Hugging Face's `generate`; it stays in its dtype and on its device
-    tokenizer       needs bos_token_id (else eos_token_id: Qwen has no BOS), eos_token_id and decode
+    tokenizer       needs bos_token_id, eos_token_id and decode; without a BOS (Qwen) the model's generation_config names one, else EOS
     min_new_tokens  no end of sequence before that many tokens
     progress        called with 1 for each sample that passes, such as `tqdm(total=num_samples).update`
-    returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed and batch_size
-    RuntimeError    GIVE_UP samples in a row were rejected; the message counts the reasons
+    returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed, batch_size,
+                    dtype and device
+    RuntimeError    GIVE_UP samples, or later as many in a row as were asked for, all rejected; the message counts the reasons
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"need 0 < min_new_tokens <= max_new_tokens, not {min_new_tokens} and {max_new_tokens}")
-    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)     # a chat model may have several
+    config = getattr(model, "generation_config", None)
+    eos = getattr(config, "eos_token_id", None)            # a chat model may have several
     eos = tokenizer.eos_token_id if eos is None else eos
     eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    bos = next(b for b in (tokenizer.bos_token_id, getattr(config, "bos_token_id", None), eos[0]) if b is not None)
     kept, texts, rejected, in_a_row = [], set(), Counter(), 0
 
-    def passes(tokens):
+    def screen(tokens):
         nonlocal in_a_row
         digest = hashlib.sha1(tokenizer.decode(tokens).encode()).digest()
         reason = "exact duplicate" if digest in texts else reject_reason(tokens)
         texts.add(digest)
-        in_a_row = in_a_row + 1 if reason else 0
-        rejected.update([reason] if reason else [])
-        if in_a_row >= GIVE_UP:
+        if reason is None:
+            kept.append(torch.tensor([bos] + tokens))
+            in_a_row = 0
+            return progress and progress(1)
+        rejected[reason] += 1
+        in_a_row += 1
+        if in_a_row >= (num_samples if kept else 0) and in_a_row >= GIVE_UP:     # one bad decoding of three is no reason
             reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.most_common())
             raise RuntimeError(f"the model only produces text that the screen rejects ({reasons}); {len(kept)} of {num_samples} passed")
-        if progress and not reason:
-            progress(1)
-        return not reason
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
-            torch.manual_seed(seed)
-            while len(kept) < num_samples:
-                drawn = _candidates(model, num_samples - len(kept), bos, eos, batch_size,
-                                    min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
-                kept += [torch.tensor([bos] + tokens) for tokens in drawn if passes(tokens)]
-            return [kept[i] for i in torch.randperm(num_samples)]    # drawn by decoding: unshuffled, a slice would not be a sample
-    finally:
-        model.train(was_training)
+    with _evaluating(model), torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
+        torch.manual_seed(seed)
+        while len(kept) < num_samples:
+            lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+            for tokens in _candidates(model, num_samples - len(kept), bos, eos, batch_size, **lengths):
+                screen(tokens)
+        return [kept[i] for i in torch.randperm(num_samples)]        # drawn by decoding: unshuffled, a slice would not be a sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,8 +416,9 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
 def null_space(C, rank):
     """B.3's U_perpᵀ (..., rank, d_in): orthonormal rows, the `rank` eigenvectors of C (..., d_in, d_in) of least energy.
 
-    No A0 with orthonormal rows has a smaller ‖A0 X‖²_F: it is the sum of the `rank` smallest eigenvalues. An error δ of a
-    float32 eigenvector enters that energy as δ² only, so float32 is enough. ValueError if rank > d_in.
+    With A0 = U_perpᵀ the first of Eq. 3's two terms, dB A0 X_pre, is as small as it can be: no orthonormal rows have less energy
+    ‖A0 X‖²_F than the sum of the `rank` smallest eigenvalues. In float32 it is right to about 1e-7 of the largest eigenvalue,
+    which is how well C itself is known. ValueError if rank > d_in.
     """
     if not 0 < rank <= C.shape[-1]:
         raise ValueError(f"rank must be between 1 and the input width {C.shape[-1]}, not {rank}")
@@ -398,12 +437,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         d_out, d_in = base_layer.weight.shape
         W0 = base_layer.weight.detach().float()
-        if not 0 < rank <= d_in:
-            raise ValueError(f"rank must be between 1 and the input width {d_in}, not {rank}")
-        self.base_layer, self.rank, self.scaling = base_layer.requires_grad_(False), rank, (alpha or rank) / rank
+        if not 0 < rank <= d_in or A0 is not None and A0.shape != (rank, d_in):
+            raise ValueError(f"rank must be between 1 and the input width {d_in}, not {rank}, and A0 (rank, {d_in})")
+        self.base_layer, self.scaling = base_layer.requires_grad_(False), 1.0 if alpha is None else alpha / rank
         if A0 is None:
-            B0 = W0.new_zeros(d_out, rank) if B0 is None else B0
-            A0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5))
+            A0, B0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5)), W0.new_zeros(d_out, rank)
         elif B0 is None:
             B0 = W0 @ A0.to(W0).mT / self.scaling                         # κ⁻¹ W0 U_perp: (d_out, d_in) @ (d_in, r)
         self.lora_A = nn.Parameter(A0.to(W0).clone())
@@ -431,10 +469,17 @@ class LoRALinear(nn.Module):
 STACK = 2 ** 24            # matrix entries that are decomposed at a time: small layers in stacks, large ones alone
 
 
+def _unit_scale(C):
+    """C (..., d, d) divided by its mean eigenvalue, trace / d."""
+    return C / C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+
+
 def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
     """Solve every eigenproblem of the recipe, one per distinct input. Nothing in it depends on λ, s_min, lr or alpha.
 
-    C_pre, C_task   as collect_covariances returns them; each is first divided by its mean eigenvalue, trace / d_in
+    C_pre, C_task   as collect_covariances returns them: names whose tensors are the same *objects* are solved once. Each is first
+                    divided by its mean eigenvalue, trace / d_in
+    rank, tau       of A0; of H, relative to that mean eigenvalue
     returns         [{"modules": names that share the input, "A0": (rank, d_in), "gamma": (d_in,), "V": (d_in, d_in)}]: tensors
                     and strings, so torch.save keeps it and many runs can share it
     progress        called with the number of inputs that were just finished
@@ -444,12 +489,10 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
         shared.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
     for names in shared.values():
         by_width.setdefault(C_pre[names[0]].shape[-1], []).append(names)
-    unit = lambda C: C / C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)      # mean eigenvalue 1
     for width, groups in by_width.items():
         size = max(1, STACK // width ** 2)
         for stack in (groups[i:i + size] for i in range(0, len(groups), size)):
-            pre = unit(torch.stack([C_pre[names[0]] for names in stack]))              # (sites, d_in, d_in)
-            task = unit(torch.stack([C_task[names[0]] for names in stack]))
+            pre, task = (_unit_scale(torch.stack([C[names[0]] for names in stack])) for C in (C_pre, C_task))   # (sites, d_in, d_in)
             gamma, V = generalized_eigenbasis(task, pre, tau)
             columns = zip(stack, null_space(pre, rank), gamma, V)
             sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in columns]
@@ -459,7 +502,10 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
 
 
 def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
-    """Freeze the model, put an adapter on every module of `sites` (from decompose), and return the SAdam that trains them."""
+    """Freeze the model, put an adapter on every module of `sites` (from decompose), and return the SAdam that trains them.
+
+    The options are those of `prepare`.
+    """
     model.requires_grad_(False)
     spectral, Bs = [], []
     for site in sites:
@@ -485,18 +531,20 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     task_batches       batches of the target task; 256 examples in the paper. Both are read once.
     lr, lr_a           learning rates of B and of A (None: the same)
     rank, alpha        of the adapters; κ = alpha / rank, None: 1
-    tau                ridge, relative to the mean eigenvalue of C_pre
+    tau                ridge τ, relative to the mean eigenvalue of C_pre
     lam, s_min         the gate's sharpness and floor, Eq. 22
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
+
+    Beside the model it holds both covariances and the bases, 3 · 4 · Σ d_in² bytes over distinct inputs, and in the end the bases.
     """
     find_targets(model, target_modules, rank)
-    if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0):
-        raise ValueError(f"tau and learning rates must be >= 0, not tau = {tau}, lr = {lr}, lr_a = {lr_a}")
+    if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):
+        raise ValueError(f"tau, lr and lr_a must be >= 0 and alpha > 0, not tau = {tau}, lr = {lr}, lr_a = {lr_a}, alpha = {alpha}")
     spectral_gate(torch.ones(1), lam, s_min)               # raises if out of range
     C_pre = collect_covariances(model, pretrain_batches, target_modules)
     C_task = collect_covariances(model, task_batches, target_modules)
-    return attach(model, decompose(C_pre, C_task, rank, tau), lr, lr_a, alpha, lam, s_min, zero_start)
+    return attach(model, decompose(C_pre, C_task, rank, tau), lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
 
 
 def merge(model):

@@ -604,7 +604,7 @@ def test_large_layers_are_decomposed_one_at_a_time_with_the_same_result(monkeypa
         torch.testing.assert_close(one["gamma"], other["gamma"])
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(rank=17), "rank must be"), (dict(tau=-1.0), "tau and learning rates"), (dict(lr=-1.0), "tau and learning rates"),
+@pytest.mark.parametrize("wrong, message", [(dict(rank=17), "rank must be"), (dict(tau=-1.0), "tau, lr and lr_a must"), (dict(lr=-1.0), "tau, lr and lr_a must"),
                                             (dict(lam=0.0), "lam must be"), (dict(s_min=2.0), "lam must be"), (dict(target_modules=("q_proj",)), "this model has: first, second")])
 def test_prepare_refuses_before_any_forward_pass(wrong, message):
     def batches():

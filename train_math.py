@@ -279,12 +279,12 @@ def train(options, model, optimizer, examples, probe, out):
 def run(options):
     """All stages, in order; prints the table."""
     device, dtype = ev.pick_device(options.device, options.dtype)
-    seconds = {}
-    tasks = ev.load_tasks(options.tasks, options.eval_samples)
+    ev.resolve_model(options.model)                        # what needs no download is looked at first
+    folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
+    seconds, tasks = {}, ev.load_tasks(options.tasks, options.eval_samples)
     pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
     model, tokenizer = ev.load_model(options.model, device, dtype)
     folora.find_targets(model, rank=options.rank)
-    folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     examples = ev.encode_all(tokenizer, pairs, options.max_length)
     out = open_run(options)
     check_disk(out, model, options.rank)

@@ -4,9 +4,10 @@
     python tiny/make_tiny.py --data-only                 # the JSONL files only (a second)
     python tiny/make_tiny.py --documents 2000 --kinds biography,quiz > calibration.jsonl    # text of the pretraining distribution
 
-The world has 120 invented people with four facts each, told and asked in several ways, and three skills: sorting words,
-reversing words, plain sums. The model learns all of it by heart. The target task, word problems in GSM8K's form, is *not*
-part of pretraining, so fine-tuning on it can be watched damaging what was known. Every string here is invented.
+The world has 80 invented people with four facts each, told and asked in several ways, and three skills: sorting words,
+reversing words, plain sums. It also reads stories of one step, so that it knows the words of a word problem as any real model
+does. The target task, problems of two steps in GSM8K's form, is *not* part of pretraining, so fine-tuning on it can be watched
+damaging what was known. Every string here is invented.
 
 Files: model.safetensors, config.json, tokenizer.json (the checkpoint); train.jsonl, test.jsonl (word problems: question, answer);
 facts.jsonl, sort.jsonl, reverse.jsonl, sums.jsonl (what the model knows: question, answer, a list as in NQ-Open).
@@ -15,10 +16,11 @@ import argparse
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEOPLE, CONTEXT, BATCH, LEARNING_RATE = 120, 256, 32, 3e-3
+PEOPLE, CONTEXT, BATCH, LEARNING_RATE = 80, 256, 16, 2.5e-3
 VOCABULARY, HIDDEN, LAYERS, INTERMEDIATE, HEADS = 1024, 192, 5, 512, 6   # 2.4M parameters, 4.8 MB in bfloat16
 
 SYLLABLES = "ba be bo da do du fa fe ga go ha ho ja jo ka ke ki ko la le lo lu ma me mi mo na ne no pa pe po ra re ri ro sa se so ta te to tu va ve vi za zo".split()
@@ -30,6 +32,8 @@ WORDS = ("anchor apple arrow basket bell boat bottle branch bread bridge bucket 
          "drum engine feather fence field flower forest garden glass hammer hill island jacket kettle ladder lamp leaf lemon letter market mirror "
          "needle ocean onion paper pencil pepper pillow plate pocket river road rope salt shadow ship shoe spoon stone street sugar table thunder "
          "tower train tunnel valley village wagon wheel window winter").split()
+NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
+THINGS = "apples books cards cookies eggs flowers marbles pens shells stamps stickers toys".split()
 ANSWER_FIRST = "Answer these questions:\n\n"       # as in lm-eval's nq_open, so that its prompt is in distribution
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{}\n\n### Response:")
@@ -88,23 +92,61 @@ def biography(rng, world):
 
 
 def quiz(rng, world):
-    ask = rng.choices([ask_fact, *SKILLS.values()], [5, 1, 1, 1.5])[0]
+    ask = rng.choices([ask_fact, *SKILLS.values()], [5, 1.2, 1.2, 2])[0]
     question, answer = ask(rng, world)
     return f"Q: {question}?\nA: {answer}\n"
 
 
 def exercise(rng, world):
-    question, answer = rng.choices(list(SKILLS.values()), [1, 1, 2])[0](rng)
-    return ALPACA.format(question[0].upper() + question[1:] + rng.choice((".", ""))) + f" {answer}\n\n"
+    """A skill, or a story of one step, in the Alpaca form."""
+    if rng.random() < 0.6:
+        question, answer = tell(rng)
+        answer += f"\nThe answer is: {re.findall('[0-9]+', answer)[-1]}"
+    else:
+        question, answer = rng.choice(list(SKILLS.values()))(rng)
+        question = question[0].upper() + question[1:] + rng.choice((".", ""))
+    return ALPACA.format(question) + rng.choice((" ", " Let's think step by step. ")) + f"{answer}\n\n"
 
 
 def drill(rng, world):
-    question, answer = ask_sum(rng)
-    return f"{question.removeprefix('what is ')} = {answer}\n"
+    """Sums in one or two steps, and the small multiplication table."""
+    n, m, more = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 60)
+    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    first, value = rng.choice(((f"{n} x {m}", n * m), (f"{a} + {b}", a + b), (f"{max(a, b)} - {min(a, b)}", abs(a - b))))
+    second = f"{value} - {more} = {value - more}" if value > more and rng.random() < 0.5 else f"{value} + {more} = {value + more}"
+    return f"{first} = {value}" + rng.choice(("\n", f". {second}\n"))
+
+
+def tell(rng):
+    """A situation with its question, and an answer of at most one step: the words of word_problem, not its task."""
+    name, other = rng.sample(NAMES, 2)
+    thing, second = rng.sample(THINGS, 2)
+    a, b = rng.randint(12, 80), rng.randint(5, 60)
+    small, n, m = rng.randint(2, a - 1), rng.randint(2, 9), rng.randint(2, 9)
+    plus, minus, times = f"{a} + {b} = {a + b}", f"{a} - {small} = {a - small}", f"{n} x {m} = {n * m}"
+    return rng.choice((
+        (f"{name} has {a} {thing} and {other} has {b} {second}. How many {thing} does {name} have?", f"{name} has {a} {thing}."),
+        (f"{name} had {b} {second} before and has {a} {thing} now. How many {second} did {name} have?", f"{name} had {b} {second}."),
+        (f"{name} has {a} {thing}. {name} gets {b} more. How many {thing} does {name} have now?", f"{name} has {plus} {thing}."),
+        (f"{name} has {a} {thing} and then gives {small} to {other}. How many {thing} are left?", f"Then {minus} {thing} are left."),
+        (f"{name} has {a} {thing} and {other} has {b} more than {name}. How many {thing} does {other} have?", f"{other} has {plus} {thing}."),
+        (f"{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?", f"Together they have {plus} {thing}."),
+        (f"{name} buys {n} boxes with {m} {thing} in each box. How many {thing} are in the boxes?", f"The boxes hold {times} {thing}."),
+        (f"{name} packs {n} bags of {m} {thing}. How many {thing} does {name} have in total?", f"{name} packs {times} {thing}."),
+        (f"{other} has {a} {thing}. {name} takes {small} of them away. How many are left?", f"After that {minus} are left."),
+        (f"A shop has {a} {thing}. It sells {small} on Monday. How many {thing} does the shop have then?", f"After Monday it has {minus} {thing}."),
+        (f"The shop has {a} {thing} and receives {b} on Tuesday. How many {thing} does it have in total?", f"After Tuesday it has {plus} {thing}."),
+        (f"{name} buys {b} {thing} and had {a} before. How many {thing} does {name} have in total?", f"In total {name} has {plus} {thing}."),
+    ))
+
+
+def story(rng, world):
+    return rng.choice((" ", "\n")).join(tell(rng)) + "\n\n"
 
 
 # kind of document -> (share of the documents, how one opens, what it is made of)
-KINDS = {"biography": (0.40, "", biography), "quiz": (0.35, ANSWER_FIRST, quiz), "exercise": (0.10, "", exercise), "drill": (0.15, "", drill)}
+KINDS = {"biography": (0.12, "", biography), "quiz": (0.28, ANSWER_FIRST, quiz), "exercise": (0.28, "", exercise),
+         "drill": (0.10, "", drill), "story": (0.22, "", story)}
 
 
 def document(rng, world, tokenizer, kinds=tuple(KINDS)):
@@ -116,10 +158,6 @@ def document(rng, world, tokenizer, kinds=tuple(KINDS)):
         if len(tokenizer.encode(longer, add_special_tokens=False)) > length:
             return text
         text = longer
-
-
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
-THINGS = "apples books cards cookies eggs flowers marbles pens shells stamps stickers toys".split()
 
 
 def word_problem(rng):
@@ -180,7 +218,6 @@ def make_tokenizer(world):
 
     rng = random.Random(2)
     texts = [piece(rng, world) for _, _, piece in KINDS.values() for _ in range(4000)] + [ANSWER_FIRST] * 2000
-    texts += [" ".join(word_problem(rng).values()) for _ in range(3000)] + ["The answer is: Let's think step by step."] * 3000
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -222,7 +259,7 @@ def pretrain(tokenizer, world, steps, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1800, help="pretraining steps of 32 documents")
+    parser.add_argument("--steps", type=int, default=3600, help="pretraining steps of 16 documents")
     parser.add_argument("--data-only", action="store_true", help="write the JSONL files and stop")
     parser.add_argument("--documents", type=int, metavar="N", help="print N documents of the pretraining distribution as JSONL and stop")
     parser.add_argument("--kinds", default=",".join(KINDS), help="with --documents: which kinds, by commas (default: all)")
