@@ -136,11 +136,17 @@ def to_pairs(rows, source):
     return pairs
 
 
+def prompt_of(instruction, maths):
+    """The Alpaca prompt; for maths with CorDA's addition. Training uses the prompt that scoring uses: a small model needs that."""
+    return ALPACA.format(instruction) + " Let's think step by step." * maths
+
+
 def encode(tokenizer, pair, max_length):
-    """{"ids", "labels"} of one example: the Alpaca prompt, which bears no loss (-100), then response and end of sequence, which do."""
-    prompt = tokenizer(ALPACA.format(pair[0]))["input_ids"]
+    """{"ids", "labels"} of one example: the prompt, which bears no loss (-100), then response and end of sequence, which do."""
+    text = prompt_of(pair[0], "The answer is:" in pair[1])
+    prompt = tokenizer(text)["input_ids"]
     # Tokenised as one text, since a tokenizer may treat the start of a text apart; a space begins a new token in all of them.
-    ids = tokenizer(ALPACA.format(pair[0]) + " " + pair[1])["input_ids"]
+    ids = tokenizer(text + " " + pair[1])["input_ids"]
     ids = ids + [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)
     return {"ids": ids[:max_length], "labels": ([-100] * len(prompt) + ids[len(prompt):])[:max_length]}
 
@@ -297,7 +303,7 @@ def score_webqs(model, tokenizer, rows, source, task):
 def score_math(model, tokenizer, rows, source, task):
     """gsm8k and math: at most 512 new tokens, and half of a small model's context."""
     pairs, max_new_tokens = to_pairs(rows, source), min(512, model.config.max_position_embeddings // 2)
-    prompts = [ALPACA.format(q) + " Let's think step by step." for q, _ in pairs]
+    prompts = [prompt_of(question, True) for question, _ in pairs]
     texts = [tokenizer.decode(t, skip_special_tokens=True) for t in
              greedy(model, tokenizer, prompts, max_new_tokens, ("### Instruction", "Question:"), desc=task)]
     if task == "gsm8k":

@@ -160,9 +160,9 @@ def document(rng, world, tokenizer, kinds=tuple(KINDS)):
         text = longer
 
 
-def word_problem(rng):
-    """A problem of two steps, in GSM8K's form: question, and answer with <<a+b=c>> annotations and "#### N"."""
-    name, other = rng.sample(NAMES, 2)
+def word_problem(rng, world):
+    """A problem of two steps, about the people of the world, in GSM8K's form: question, and answer with <<a+b=c>> notes and "#### N"."""
+    name, other = rng.sample(list(world), 2)
     thing = rng.choice(THINGS)
     a, b, c = rng.randint(12, 60), rng.randint(5, 35), rng.randint(2, 9)
     n, m = rng.randint(2, 9), rng.randint(2, 9)
@@ -198,7 +198,7 @@ def make_data(world, train=4000, test=400):
     """The six JSONL files. No test problem is in the training set."""
     rng, problems = random.Random(1), {}
     while len(problems) < train + test:
-        problem = word_problem(rng)
+        problem = word_problem(rng, world)
         problems[problem["question"]] = problem
     problems = list(problems.values())
     write_jsonl(HERE / "train.jsonl", problems[:train])
