@@ -1,5 +1,7 @@
 """Tests of FoLoRA, on CPU: `python -m pytest -q test_folora.py`. Equations are held against scipy, numpy, torch.optim.Adam or a literal slow version here."""
+import contextlib
 import hashlib
+import io
 import json
 import math
 import re
@@ -672,7 +674,7 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
     examples = ev.encode_all(tokenizer, [("What is 2 + 2?", "It is 4.\nThe answer is: 4"), ("Sort these words: b a", "a b, as asked and no more")], 256)
     for example in examples:
         prompt = [i for i, label in zip(example["ids"], example["labels"]) if label == -100]
-        assert tokenizer.decode(prompt).endswith("### Response:") and example["labels"][-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(prompt).endswith("### Response:" if example is examples[1] else "### Response: Let's think step by step.") and example["labels"][-1] == tokenizer.eos_token_id
         assert example["labels"][len(prompt):] == example["ids"][len(prompt):]
     batch = ev.collate(examples, "cpu")
     logits, targets = ev.label_logits(model, batch)
@@ -720,20 +722,33 @@ def test_summary_rows():
 
 # ---- the scripts, end to end ----------------------------------------------------------------------------------------
 
-FAST = ["--max-samples", "64", "--batch-size", "8", "--micro-batch-size", "4", "--max-steps", "6", "--log-every", "2", "--calibration-samples", "8", "--calibration-max-tokens", "130",
+FAST = ["--max-samples", "64", "--batch-size", "8", "--micro-batch-size", "4", "--max-steps", "6", "--log-every", "2", "--calibration-samples", "4", "--calibration-max-tokens", "130",
         "--task-samples", "8", "--eval-samples", "4", "--rank", "8"]
-TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"
+TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"          # untrained, gsm8k runs to its limit
 
 
 def script(name, *arguments):
     return subprocess.run([sys.executable, str(HERE / name), *arguments], capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{method: (run directory, what it printed)}, each trained once, on request."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            out, printed = tmp_path_factory.mktemp("runs") / method, io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                train_math.main([*FAST, "--method", method, "--tasks", TASKS, "--out", str(out)])
+            runs[method] = out, printed.getvalue()
+        return runs[method]
+    return run
+
+
 @pytest.mark.parametrize("method", ["folora", "lora", "lora-null"])
-def test_training_writes_its_run_and_eval_reads_it(method, tmp_path, capsys):
-    out = tmp_path / "run"
-    train_math.main([*FAST, "--method", method, "--tasks", TASKS, "--out", str(out)])
-    printed = capsys.readouterr().out
+def test_training_writes_its_run(method, trained):
+    out, printed = trained(method)
     assert all(row in printed for row in ("untouched", method, "gsm8k", "facts", "nll", "drift", "Avg1", "Avg1(%)", "Avg2", "GM"))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all({"loss", "lr", "grad_norm", "tokens_per_s", "drift"} <= set(line) for line in lines)
@@ -742,16 +757,29 @@ def test_training_writes_its_run_and_eval_reads_it(method, tmp_path, capsys):
     assert config["options"]["rank"] == 8 and config["options"]["lam"] == 1.0 and config["versions"]["torch"] == torch.__version__
     assert summary["seconds"]["train"] > 0 and summary["peak_memory_gb"] > 0 and sorted(p.name for p in out.iterdir()) == ["config.json", "merged", "metrics.jsonl", "summary.json"]
     assert summary["scores"]["tuned"]["nll"] < summary["scores"]["untouched"]["nll"] and summary["scores"]["tuned"]["drift"] > 0
-    done = script("eval.py", str(out), "tiny", "--tasks", TASKS, "--limit", "4", "--max-new-tokens", "130")
+
+
+def test_methods_differ_as_they_say(trained):
+    """FoLoRA and LoRA-Null start at the same point and take different steps; LoRA starts elsewhere."""
+    losses = {m: [json.loads(line)["loss"] for line in (trained(m)[0] / "metrics.jsonl").read_text().splitlines()] for m in ("folora", "lora", "lora-null")}
+    assert losses["folora"][0] == losses["lora-null"][0] == pytest.approx(losses["lora"][0], rel=1e-4)
+    assert losses["folora"][-1] != losses["lora-null"][-1] != losses["lora"][-1]
+
+
+def test_eval_reads_a_run(trained):
+    out, _ = trained("folora")
+    scores = json.loads((out / "summary.json").read_text())["scores"]
+    done = script("eval.py", str(out), "tiny", "--tasks", f"nll={ev.TINY / 'test.jsonl'},facts,drift", "--limit", "4", "--max-new-tokens", "130")
     assert done.returncode == 0, done.stderr
-    nll = next(line for line in done.stdout.splitlines() if line.startswith("nll")).split()
-    assert float(nll[-2]) == pytest.approx(summary["scores"]["tuned"]["nll"], abs=2e-3) and float(nll[-1]) == pytest.approx(summary["scores"]["untouched"]["nll"], abs=2e-3)
+    row = {line.split()[0]: line.split()[-2:] for line in done.stdout.splitlines() if line.split()[0] in ("nll", "drift")}
+    assert float(row["nll"][0]) == pytest.approx(scores["tuned"]["nll"], abs=2e-3) and float(row["nll"][1]) == pytest.approx(scores["untouched"]["nll"], abs=2e-3)
+    assert float(row["drift"][0]) == pytest.approx(scores["tuned"]["drift"], abs=2e-3) and float(row["drift"][1]) == 0
 
 
 @pytest.mark.parametrize("method", ["folora", "lora"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(method, tmp_path, monkeypatch):
-    arguments = [*FAST, "--method", method, "--tasks", "", "--out"]
-    train_math.main([*arguments, str(tmp_path / "whole")])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(method, trained, tmp_path, monkeypatch):
+    whole, _ = trained(method)
+    arguments = [*FAST, "--method", method, "--tasks", TASKS, "--out", str(tmp_path / "cut")]
     real, calls = train_math.train_step, []
 
     def fails_in_step_4(*args):
@@ -762,18 +790,20 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(method, tmp_path, monkey
 
     monkeypatch.setattr(train_math, "train_step", fails_in_step_4)
     with pytest.raises(KeyboardInterrupt):
-        train_math.main([*arguments, str(tmp_path / "cut")])
+        train_math.main(arguments)
     monkeypatch.setattr(train_math, "train_step", real)
     assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == 3
     with pytest.raises(SystemExit, match="unfinished run with --lam 1.0"):
-        train_math.main([*arguments, str(tmp_path / "cut"), "--lam", "2"])
-    train_math.main([*arguments, str(tmp_path / "cut")])
-    whole, cut = ([{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "cut"))
-    assert whole == cut
-    weights = [hashlib.sha1((tmp_path / run / "merged/model.safetensors").read_bytes()).hexdigest() for run in ("whole", "cut")]
+        train_math.main([*arguments, "--lam", "2"])
+    with pytest.raises(SystemExit, match="interrupted"):
+        ev.resolve_model(str(tmp_path / "cut"))
+    train_math.main(arguments)
+    one, other = ([{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, tmp_path / "cut"))
+    assert one == other
+    weights = [hashlib.sha1((run / "merged/model.safetensors").read_bytes()).hexdigest() for run in (whole, tmp_path / "cut")]
     assert weights[0] == weights[1]
     with pytest.raises(SystemExit, match="holds a finished run"):
-        train_math.main([*arguments, str(tmp_path / "cut")])
+        train_math.main(arguments)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny):

@@ -42,7 +42,7 @@ OPTIONS = {
     "data": ("openai/gsm8k", "tiny/train.jsonl", "ours", "hub id or .jsonl with question/answer, query/response or instruction/output"),
     "rank": (128, 32, "paper", "adapter rank"),
     "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
-    "lr": (3e-4, 2e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
+    "lr": (3e-4, 6e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
     "lr_a": (None, None, "ours", "learning rate of A; none: the same"),
     "lam": (1.0, None, "paper", "lambda, the gate's sharpness"),
     "s_min": (0.3, None, "paper", "the gate's floor"),
@@ -68,7 +68,7 @@ OPTIONS = {
     "device": ("auto", None, "ours", "cuda, cpu, or auto: cuda if there is one"),
     "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
 }
-TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3}
+TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
 CHOICES = {"method": ("folora", "lora", "lora-null"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
 PLACES = {"out", "device", "micro_batch_size"}             # a resumed run may change these
 
@@ -225,6 +225,7 @@ class Probe:
     @torch.inference_mode()
     def __init__(self, model, texts, positions=256):
         self.batch = ev.collate([t.tolist() for t in texts[:4]], model.device)
+        self.batch["labels"][:, 0] = -100                  # nothing predicts BOS
         chosen = (self.batch["labels"] != -100).flatten().nonzero().flatten()[positions:]
         self.batch["labels"].view(-1)[chosen] = -100
         self.before = ev.label_logits(model, self.batch)[0].log_softmax(-1)
