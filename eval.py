@@ -386,7 +386,7 @@ def main():
     parser.add_argument("--tasks", help="by commas, NAME or NAME=FILE.jsonl (default: on tiny gsm8k=tiny/test.jsonl,facts,sort,reverse,sums,drift; "
                         "else gsm8k,nq_open,webqs,triviaqa,drift)")
     parser.add_argument("--limit", type=int, help="the first N rows of each task (default: all)")
-    parser.add_argument("--reference", help="the untouched model for drift (default: the one that a run directory names, else the first MODEL)")
+    parser.add_argument("--reference", help="the untouched model for drift (default: the one that this or another run directory names, else the first MODEL)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of the held-out text for drift (default: 256)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--device", default="auto", help="default: cuda if there is one, else cpu")
@@ -397,7 +397,7 @@ def main():
     columns, reference, texts, loaded = {}, None, None, None
     for name, base in zip(options.models, bases):
         model, tokenizer = load_model(name, device, dtype)
-        source = options.reference or base or options.models[0]
+        source = options.reference or base or next(filter(None, bases), options.models[0])
         if "drift" in tasks and source != loaded:
             reference, _ = load_model(source, device, dtype)
             texts, loaded = held_out(reference, tokenizer, options.max_new_tokens), source
