@@ -40,13 +40,13 @@ Use it on any model with nn.Linear layers (name them in target_modules if they a
         optimizer.zero_grad()
     model = folora.merge(model)                          # a plain model again, as large and as fast as before
 
-Where the paper is silent, or we leave it (what we measured: README, "The holes, measured"):
+Where the paper is silent, or we leave it (not measured yet, unless a figure stands here):
  1. Scale. With sums over tokens γ would depend on the numbers of tokens, and so would the length of V's columns, which is the
     step of A. `decompose` divides each covariance by its mean eigenvalue, trace / d_in. γ then compares *shares* of energy:
     a direction that has the same share of the task's as of the pretraining text's has γ = 1, and at λ = 1 a gate of one half.
     (The first token's huge activations count in both traces.)
  2. τ = 0.01, relative to that mean eigenvalue. No column of V is longer than 1/√τ, so a step of one eigen-coordinate moves A by
-    10 lr at most. A smaller τ lets A run into directions that the calibration text merely happened to miss.
+    10 lr at most. A smaller τ would let A run into directions that the calibration text merely happened to miss.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours.
  4. κ = 1 unless `alpha` is given.
  5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model.

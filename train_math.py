@@ -38,7 +38,7 @@ import folora
 OPTIONS = {
     "model": ("tiny", None, "ours", "directory, hub id or short name (Qwen2.5-1.5B, Llama-2-7b, SmolLM2-135M); tiny is the embedded one"),
     "method": ("folora", None, "paper", "folora; lora: Kaiming start, AdamW; lora-null: FoLoRA's start, plain Adam on A and B"),
-    "preset": ("paper", None, "paper", "paper, or tuned: what measured better, see README"),
+    "preset": ("paper", None, "paper", "paper, or tuned: a sharper gate, no floor, B = 0 at the start"),
     "data": ("openai/gsm8k", "tiny/train.jsonl", "ours", "hub id or .jsonl with question/answer, query/response or instruction/output"),
     "rank": (128, 32, "paper", "adapter rank"),
     "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
