@@ -390,6 +390,7 @@ def test_screen_rejects_each_kind_of_degenerate_text_and_nothing_just_short_of_i
     cycle = lambda distinct, n: [i % distinct for i in range(n)]
     assert folora.reject_reason(cycle(15, 127)) is None                                # 128 · 0.12 = 15.36
     assert folora.reject_reason(cycle(15, 128)) == "too few distinct tokens" and folora.reject_reason(cycle(16, 128)) is None
+    assert [folora.reject_reason(cycle(k, 1000)) for k in (119, 120)] == ["too few distinct tokens", "too few distinct 4-grams"]
     # 63 distinct 4-grams of 253 at length 256 are 0.249, 64 are 0.253; below 256 tokens the rule is not asked
     assert folora.reject_reason(cycle(63, 256)) == "too few distinct 4-grams" and folora.reject_reason(cycle(64, 256)) is None
     assert folora.reject_reason(cycle(60, 255)) is None
