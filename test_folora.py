@@ -506,12 +506,13 @@ def test_plain_start_is_loras_and_given_factors_are_taken():
 
 def test_adapters_are_float32_on_a_bfloat16_base_and_merge_rounds_once():
     base, x = nn.Linear(16, 12).to(torch.bfloat16), torch.randn(5, 16, dtype=torch.bfloat16)
-    layer = folora.LoRALinear(base, 4)
+    layer = folora.LoRALinear(base, 4, alpha=8)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer(x).dtype == torch.bfloat16
     with torch.no_grad():
         layer.lora_B.normal_()
-    W = (base.weight.double() + layer.lora_B.double() @ layer.lora_A.double()).to(torch.bfloat16)
-    assert (layer.merged().weight == W).float().mean() > 0.98 and isinstance(layer.merged(), nn.Linear)
+    W = (base.weight.double() + 2 * layer.lora_B.double() @ layer.lora_A.double()).to(torch.bfloat16)
+    plain = layer.merged()
+    assert (plain.weight == W).float().mean() > 0.98 and type(plain) is nn.Linear
 
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------
