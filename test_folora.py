@@ -547,6 +547,7 @@ def test_prepare_on_a_bare_mlp_learns_and_keeps(zero_start):
         if method == "folora":
             optimizer = folora.prepare(model, [{"x": pre}], [{"x": task}], 1e-2, rank=4, target_modules=("first",), lam=3.0, s_min=0.0, zero_start=zero_start)
             torch.testing.assert_close(model(pre), before, rtol=1e-4, atol=1e-5)       # the start does not perturb
+            assert (model.first.lora_B.abs().max() == 0) == zero_start
             assert [n for n, p in model.named_parameters() if p.requires_grad] == ["first.lora_A", "first.lora_B"]
         else:
             model.requires_grad_(False)
