@@ -20,6 +20,7 @@ This file also holds what train_math.py shares with it: models, data, prompts, t
 import argparse
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -48,6 +49,7 @@ TASKS = {
     "drift": ("measure", None, None, None),
 }
 HELD_OUT_SEED, HELD_OUT_SAMPLES = 1000, 16
+SUMMARY = ("Avg1", "Avg1(%)", "Avg2", "GM")
 
 
 # ---- models and data ------------------------------------------------------------------------------------------------
@@ -347,9 +349,51 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     return scores
 
 
+# lm-eval's name of the score to report, where a task has several: the first of these that it has, else its first
+HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_1", "exact_match", "em", "acc")
+HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")         # by prefix; the rest is preservation
+
+
+def harness(model, tokenizer, names, limit=None):
+    """{task: per cent} by lm-eval, each with the examples, prompt and stops of its own configuration: no global few-shot count.
+
+    names           by commas; FOLDER/NAME is a task of one's own, whose YAML file lies in FOLDER
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        sys.exit("--harness runs lm-eval: pip install lm-eval==0.4.13")
+    paths = [name.rpartition("/") for name in names.split(",")]
+    manager = TaskManager(include_path=[folder for folder, _, _ in paths if folder] or None)
+    unknown = [name for _, _, name in paths if name not in manager.all_tasks]
+    if unknown:
+        sys.exit(f"lm-eval has no task {', '.join(unknown)}: lm-eval ls tasks lists them; FOLDER/NAME is one of your own")
+    # Tasks that run generated code (humaneval, mbpp) ask for HF_ALLOW_CODE_EVAL=1, and say so.
+    done = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto" if model.device.type == "cuda" else 8), tasks=[name for _, _, name in paths],
+                           limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False,
+                           confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1")["results"]
+    return {name: harness_score(done[name]) for _, _, name in paths}
+
+
+def harness_score(result):
+    """One number of lm-eval's result of a task, {"acc,none": 0.3, "acc_stderr,none": ...}: per cent."""
+    scores = {key.partition(",")[0]: value for key, value in reversed(result.items()) if isinstance(value, float) and "_stderr" not in key}
+    name = next((name for name in HARNESS_SCORES if name in scores), None) or list(scores)[-1]
+    return scores[name] * (1 if name.startswith("HasAns") else 100)                       # SQuAD's come in per cent
+
+
+def role(row):
+    """target, preserve, measure, or "" for a summary row."""
+    if row in SUMMARY:
+        return ""
+    return TASKS[row][0] if row in TASKS else "target" if row.startswith(HARNESS_TARGETS) else "preserve"
+
+
 def summarise(scores, first=None):
     """Avg1, Avg1(%), Avg2 and GM of one column; `first` is the untouched model's column."""
-    mean = lambda role, s: [s[t] for t in s if t in TASKS and TASKS[t][0] == role]
+    mean = lambda wanted, s: [s[t] for t in s if role(t) == wanted]
     keep, target = mean("preserve", scores), mean("target", scores)
     rows = {}
     if keep:
@@ -368,32 +412,40 @@ def table(columns):
     first = next(iter(columns.values()))
     full = {name: {**scores, **summarise(scores, first)} for name, scores in columns.items()}
     names = list(full)
-    roles = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token"}
+    units = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
     width = max(12, *(len(n) + 2 for n in names))
-    lines = [f"{'':10}{'':14}" + "".join(f"{n:>{width}}" for n in names)]
+    label = max(10, *(len(row) + 2 for scores in full.values() for row in scores))
+    lines = [f"{'':{label}}{'':14}" + "".join(f"{n:>{width}}" for n in names)]
     for row in dict.fromkeys(r for scores in full.values() for r in scores):
-        role = roles[TASKS[row][0]] if row in TASKS else ""
-        digits = 4 if role == "nat/token" else 2
+        unit = units[role(row)]
+        digits = 4 if unit == "nat/token" else 2
         if row == "Avg1":
             lines.append("-" * len(lines[0]))
-        lines.append(f"{row:10}{role:14}" + "".join(f"{full[n][row]:{width}.{digits}f}" if row in full[n] else " " * width for n in names))
+        lines.append(f"{row:{label}}{unit:14}" + "".join(f"{full[n][row]:{width}.{digits}f}" if row in full[n] else " " * width for n in names))
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run directories, checkpoint directories or hub ids")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="run directories, checkpoint directories or hub ids")
     parser.add_argument("--tasks", help="by commas, NAME or NAME=FILE.jsonl (default: on tiny gsm8k=tiny/test.jsonl,facts,sort,reverse,sums,drift; "
                         "else gsm8k,nq_open,webqs,triviaqa,drift)")
+    parser.add_argument("--harness", metavar="NAMES", help="lm-eval's tasks, by commas, in the same table: truthfulqa_mc2,mmlu,ifeval,squadv2,humaneval...")
+    parser.add_argument("--report", action="store_true", help="no model: the tables and figures of the measurements in assets/")
     parser.add_argument("--limit", type=int, help="the first N rows of each task (default: all)")
     parser.add_argument("--reference", help="the untouched model for drift (default: the one that this or another run directory names, else the first MODEL)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of the held-out text for drift (default: 256)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--device", default="auto", help="default: cuda if there is one, else cpu")
     options = parser.parse_args()
+    if options.report:
+        from assets import experiments
+        return experiments.report()
+    if not options.models:
+        parser.error("which MODEL? (or --report)")
     device, dtype = pick_device(options.device, options.dtype)
     bases = [resolve_model(name)[1] for name in options.models]
-    tasks = load_tasks(options.tasks or default_tasks(bases[0] or options.models[0]), options.limit)
+    tasks = load_tasks(options.tasks if options.tasks is not None else default_tasks(bases[0] or options.models[0]), options.limit)
     columns, reference, texts, loaded = {}, None, None, None
     for name, base in zip(options.models, bases):
         model, tokenizer = load_model(name, device, dtype)
@@ -402,6 +454,8 @@ def main():
             reference, _ = load_model(source, device, dtype)
             texts, loaded = held_out(reference, tokenizer, options.max_new_tokens), source
         columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
+        if options.harness:
+            columns[name.rstrip("/")].update(harness(model, tokenizer, options.harness, options.limit))
     print(table(columns))
 
 

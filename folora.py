@@ -403,8 +403,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     with _evaluating(model), torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
         torch.manual_seed(seed)
         while len(kept) < num_samples:
-            lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
-            for tokens in _candidates(model, num_samples - len(kept), bos, eos, batch_size, **lengths):
+            for tokens in _candidates(model, num_samples - len(kept), bos, eos, batch_size, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens):
                 screen(tokens)
         return [kept[i] for i in torch.randperm(num_samples)]        # drawn by decoding: unshuffled, a slice would not be a sample
 
@@ -542,8 +541,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):
         raise ValueError(f"tau, lr and lr_a must be >= 0 and alpha > 0, not tau = {tau}, lr = {lr}, lr_a = {lr_a}, alpha = {alpha}")
     spectral_gate(torch.ones(1), lam, s_min)               # raises if out of range
-    C_pre = collect_covariances(model, pretrain_batches, target_modules)
-    C_task = collect_covariances(model, task_batches, target_modules)
+    C_pre, C_task = (collect_covariances(model, batches, target_modules) for batches in (pretrain_batches, task_batches))
     return attach(model, decompose(C_pre, C_task, rank, tau), lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
 
 

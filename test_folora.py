@@ -1,5 +1,6 @@
 """Tests of FoLoRA, on CPU: `python -m pytest -q test_folora.py`. Equations are held against scipy, numpy, torch.optim.Adam or a literal slow version here."""
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import scipy.linalg
 import torch
@@ -660,6 +662,13 @@ def test_numbers_after_the_answer_is():
     assert ev.boxed(r"first \boxed{1} then \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
 
 
+def test_fields_of_the_other_training_sets():
+    """One row each of m-a-p/CodeFeedback-Filtered-Instruction, WizardLMTeam/WizardLM_evol_instruct_70k and meta-math/MetaMathQA."""
+    rows = [{"query": "q", "answer": "a", "resource": "evolinstruct", "lang": "python"}, {"instruction": "q", "output": "a"},
+            {"type": "GSM_Rephrased", "query": "q", "original_question": "o", "response": "a"}]
+    assert ev.to_pairs(rows, "x") == [("q", "a")] * 3
+
+
 def test_pairs_are_found_under_every_name_and_gsm8k_notes_go():
     rows = [{"question": "q", "answer": "2+3=<<2+3=5>>5.\n#### 5"}, {"query": "q", "response": "r"}, {"instruction": "q", "input": "i", "output": "r"}, {"query": "q", "answer": "r"}]
     assert ev.to_pairs(rows, "x") == [("q", "2+3=5.\nThe answer is: 5"), ("q", "r"), ("q\ni", "r"), ("q", "r")]
@@ -721,6 +730,143 @@ def test_summary_rows():
     before, after = {"gsm8k": 10.0, "nq_open": 20.0, "webqs": 30.0, "drift": 0.0}, {"gsm8k": 40.0, "nq_open": 15.0, "webqs": 25.0, "drift": 0.1}
     assert ev.summarise(after, before) == {"Avg1": 20.0, "Avg1(%)": 80.0, "Avg2": 40.0, "GM": pytest.approx(math.sqrt(800))}
     assert "drift" in ev.table({"untouched": before, "folora": after}) and "Avg1(%)" in ev.table({"untouched": before, "folora": after})
+
+
+def test_the_harness_scores_a_local_task_into_the_same_table(tmp_path, capsys, monkeypatch):
+    """tiny's facts as an lm-eval task of one's own: the score is the built-in one, and stands in Avg1 like the others."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13 for --harness")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/world.yaml").write_text(f"""
+task: world
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {HERE / 'tiny/facts.jsonl'}}}}}
+output_type: generate_until
+validation_split: validation
+description: "Answer these questions:\\n\\n"
+doc_to_text: "Q: {{{{question}}}}?\\nA:"
+doc_to_target: "{{{{answer[0]}}}}"
+generation_kwargs: {{until: ["\\n", ".", ","], do_sample: false, max_gen_toks: 64}}
+metric_list: [{{metric: exact_match, ignore_case: true, ignore_punctuation: true}}]
+""")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "tiny", "--tasks", "facts,sums", "--harness", f"{tmp_path}/tasks/world", "--limit", "8"])
+    ev.main()
+    row = {line.split()[0]: float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1}
+    assert row["world"] == row["facts"] > 0 and row["Avg1"] == pytest.approx((row["world"] + row["facts"] + row["sums"]) / 3, abs=0.01)
+    with pytest.raises(SystemExit, match="lm-eval has no task nothing_of_the_kind"):
+        ev.harness(None, None, "nothing_of_the_kind")
+
+
+def test_the_harness_is_asked_for_by_its_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match="pip install lm-eval"):
+        ev.harness(None, None, "mmlu")
+
+
+def test_one_score_of_a_harness_result():
+    assert ev.harness_score({"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}) == 25
+    assert ev.harness_score({"exact,none": 10.0, "HasAns_exact,none": 20.0, "NoAns_exact,none": 5.0, "sample_len": 7}) == 20
+    assert ev.harness_score({"prompt_level_loose_acc,none": 0.5, "inst_level_strict_acc,none": 0.6, "prompt_level_strict_acc,none": 0.4}) == 40
+    assert ev.harness_score({"pass@1,create_test": 0.1}) == 10
+    assert ev.role("mmlu") == "preserve" and ev.role("humaneval") == ev.role("gsm8k") == "target" and ev.role("GM") == ""
+
+
+# ---- the baselines --------------------------------------------------------------------------------------------------
+
+def baseline(method, base, C, rank, alpha=None, **options):
+    """(adapter, optimiser) of train_math's method on one layer called q_proj, in a model with the attributes the function looks at."""
+    model = nn.Module()
+    model.q_proj = copy.deepcopy(base)
+    options = SimpleNamespace(**{**dict(method=method, update_a=None, rank=rank, alpha=alpha, lr=1e-2, lr_a=None), **options})
+    optimizer = train_math.add_adapters(options, model, C_pre={"q_proj": C}, targets=("q_proj",))
+    return model.q_proj, optimizer
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    X = torch.randn(400, 12) @ torch.randn(12, 12)
+    return nn.Linear(12, 10), X.mT @ X / 400
+
+
+BASELINES = [m for m in train_math.METHODS if m != "folora"]
+
+
+@pytest.mark.parametrize("alpha", [None, 12.0])
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_are_exact_at_the_start_and_move(method, alpha, layer):
+    base, C = layer
+    x = torch.randn(5, 12)
+    adapter, optimizer = baseline(method, base, C, 4, alpha)
+    torch.testing.assert_close(adapter(x), base(x), rtol=1e-5, atol=1e-5)
+    A, B = adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()
+    for _ in range(2):
+        adapter(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (adapter(x) - base(x)).abs().max() > 1e-3 and not torch.equal(adapter.lora_B, B)
+    assert torch.equal(adapter.lora_A, A) == (method == "lora-null-v2")
+    y = adapter(x)
+    torch.testing.assert_close(adapter.merged()(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_milora_and_lora_null_against_their_formulas_in_numpy(layer):
+    base, C = layer
+    W, C64 = base.weight.detach().double().numpy(), C.double().numpy()
+    U, S, Vh = numpy.linalg.svd(W, full_matrices=False)
+    A, B = (f.numpy() for f in train_math.milora(base.weight.detach(), C, 4, 1.0))
+    numpy.testing.assert_allclose(B @ A, U[:, -4:] * S[-4:] @ Vh[-4:], atol=1e-5)
+    numpy.testing.assert_allclose(A @ A.T, numpy.diag(S[-4:]), atol=1e-5)              # both factors carry √S
+    numpy.testing.assert_allclose(B.T @ B, numpy.diag(S[-4:]), atol=1e-5)
+    null = numpy.linalg.eigh(C64)[1][:, :4]
+    A, B = (f.numpy() for f in train_math.lora_null(base.weight.detach(), C, 4, 1.0))
+    numpy.testing.assert_allclose(B @ A, W @ null @ null.T, atol=1e-4)
+    numpy.testing.assert_allclose(A @ A.T, numpy.diag(numpy.linalg.svd(W @ null @ null.T)[1][:4]), atol=1e-4)
+    numpy.testing.assert_allclose(A @ A.T, B.T @ B, atol=1e-4)
+
+
+def test_oploras_update_is_orthogonal_to_the_top_singular_spaces(layer):
+    base, C = layer
+    adapter, optimizer = baseline("oplora", base, C, 4)
+    for _ in range(3):
+        adapter(torch.randn(9, 12)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    update = adapter.merged().weight.detach() - base.weight.detach()
+    U, S, Vh = torch.linalg.svd(base.weight.detach())
+    assert (U[:, :4].mT @ update).abs().max() < 1e-5 and (update @ Vh[:4].mT).abs().max() < 1e-5
+    assert (U[:, 4:].mT @ update).abs().max() > 1e-3 and (update @ Vh[4:10].mT).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_lora_and_corda_are_pefts(alpha, layer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+    base, C = layer
+
+    def theirs(config, prepare=lambda *a: None):
+        model = nn.Module()
+        model.q_proj = copy.deepcopy(base)
+        prepare(model, config)                             # PEFT reads module.weight, of any name
+        return get_peft_model(model, config).base_model.model.q_proj
+
+    peft = theirs(LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"]))
+    torch.manual_seed(3)
+    peft.reset_lora_parameters("default", True)
+    torch.manual_seed(3)
+    ours, _ = baseline("lora", base, C, 4, alpha)
+    assert torch.equal(ours.lora_A, peft.lora_A["default"].weight) and torch.equal(ours.lora_B, peft.lora_B["default"].weight)
+    assert ours.scaling == peft.scaling["default"]
+
+    torch.save({"q_proj": C.clone()}, tmp_path / "C.pt")
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights="corda",
+                        corda_config=CordaConfig(corda_method="kpm", covariance_file=str(tmp_path / "C.pt")))
+    peft = theirs(config, preprocess_corda)
+    ours, _ = baseline("corda", base, C, 4, alpha)
+    signs = torch.sign((ours.lora_A * peft.lora_A["default"].weight).sum(1))
+    torch.testing.assert_close(ours.lora_A * signs[:, None], peft.lora_A["default"].weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.lora_B * signs, peft.lora_B["default"].weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.base_layer.weight, peft.base_layer.weight, rtol=1e-3, atol=1e-4)
 
 
 # ---- the scripts, end to end ----------------------------------------------------------------------------------------

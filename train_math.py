@@ -16,6 +16,7 @@ run was last saved, and ends with the same numbers. A line of metrics.jsonl:
 """
 import argparse
 import errno
+import functools
 import json
 import math
 import platform
@@ -28,16 +29,91 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 import transformers
 from tqdm import tqdm
 
 import eval as ev
 import folora
 
+
+# ---- the baselines of the paper: starts A0 (r, d_in), B0 (d_out, r) from W (d_out, d_in) and C_pre (d_in, d_in), κ = alpha / r ----------
+
+def balanced(U, S, Vh, kappa):
+    """A0 = √(S/κ) Vᵀ and B0 = U √(S/κ): κ B0 A0 = U S Vᵀ, its singular values shared evenly."""
+    root = (S / kappa).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def milora(W, C, rank, kappa):
+    """MiLoRA: W = U S Vᵀ, the r smallest singular values."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return balanced(U[:, -rank:], S[-rank:], Vh[-rank:], kappa)
+
+
+def corda(W, C, rank, kappa, damping=0.01):
+    """CorDA, knowledge-preserving: C̃ = C + damping · mean(diag C) I, W C̃ = U S Vᵀ, the r smallest; A0 = √(S/κ) Vᵀ C̃⁻¹."""
+    C = C + damping * C.diagonal().mean() * torch.eye(len(C), device=C.device)
+    U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
+    return balanced(U[:, -rank:], S[-rank:], torch.linalg.solve(C, Vh[-rank:], left=False), kappa)
+
+
+def lora_null(W, C, rank, kappa):
+    """LoRA-Null: U0 = the r eigenvectors of C with the least energy, no ridge; W U0 U0ᵀ = U S Vᵀ."""
+    U0 = least_energy(C, rank).mT                          # (d_in, r)
+    U, S, Vh = torch.linalg.svd(W @ U0, full_matrices=False)                 # (d_out, d_in) @ (d_in, r); its Vᵀ is Vh U0ᵀ
+    return balanced(U, S, Vh @ U0.mT, kappa)
+
+
+least_energy = functools.lru_cache(maxsize=1)(folora.null_space)             # q, k, v share one C: solved once
+
+
+class Complement(torch.nn.Module):
+    """OPLoRA: ΔW = (I - U_k U_kᵀ) B A (I - V_k V_kᵀ). Given Q (d, k) with orthonormal columns, this takes Q's span out of the columns of B
+    (dim 0) or out of the rows of A (dim 1); as a parametrization it does so wherever the factor is read."""
+
+    def __init__(self, Q, dim):
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("Q", Q)
+
+    def forward(self, factor):
+        return factor - self.Q @ (self.Q.mT @ factor) if self.dim == 0 else factor - (factor @ self.Q) @ self.Q.mT
+
+
+def baseline_adapter(options, base, C_pre):
+    """The LoRALinear of a baseline on the nn.Linear `base`."""
+    start, rank, W = METHODS[options.method][0], options.rank, base.weight.detach().float()
+    if options.method != "lora" and rank > min(W.shape):
+        raise ValueError(f"--method {options.method} needs a rank of at most {min(W.shape)}, the smaller side of a target, not {rank}")
+    factors = start(W, C_pre, rank, options.alpha / rank if options.alpha else 1.0) if start else ()
+    adapter = folora.LoRALinear(base, rank, options.alpha, *factors)
+    if options.method == "oplora":                         # k = r: the paper has 128 for both
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        torch.nn.utils.parametrize.register_parametrization(adapter, "lora_A", Complement(Vh[:rank].mT, 1))
+        torch.nn.utils.parametrize.register_parametrization(adapter, "lora_B", Complement(U[:, :rank], 0))
+    return adapter
+
+
+# method: (its start, None: LoRA's or FoLoRA's; what it needs of the preparation; how A moves)
+METHODS = {
+    "folora": (None, "sites", "gated"),
+    "lora": (None, None, "plain"),
+    "lora-null": (lora_null, "C_pre", "plain"),
+    "lora-null-v2": (lora_null, "C_pre", "frozen"),
+    "milora": (milora, None, "plain"),
+    "corda": (corda, "C_pre", "plain"),
+    "oplora": (None, None, "plain"),
+}
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
 # option: (default, the default with --model tiny or None, whose value, help). --preset tuned replaces some: TUNED.
 OPTIONS = {
     "model": ("tiny", None, "ours", "directory, hub id or short name (Qwen2.5-1.5B, Llama-2-7b, SmolLM2-135M); tiny is the embedded one"),
-    "method": ("folora", None, "paper", "folora; lora: Kaiming start, AdamW; lora-null: FoLoRA's start, plain Adam on A and B"),
+    "method": ("folora", None, "paper", "folora, or a baseline of the paper, all on the same footing: " + ", ".join(list(METHODS)[1:])),
+    "update_a": (None, None, "paper", "how A moves; gated: SAdam; plain: Adam; frozen; none: as the method has it"),
     "preset": ("paper", None, "paper", "paper, or tuned: a sharper gate, no floor, B = 0 at the start"),
     "data": ("openai/gsm8k", "tiny/train.jsonl", "ours", "hub id or .jsonl with question/answer, query/response or instruction/output"),
     "rank": (128, 32, "paper", "adapter rank"),
@@ -53,7 +129,7 @@ OPTIONS = {
     "max_steps": (None, None, "ours", "stop there, with the cosine ending there too"),
     "max_samples": (100_000, 3200, "paper", "the first N examples of the data"),
     "batch_size": (128, 32, "paper", "examples a step"),
-    "micro_batch_size": (16, 32, "paper", "examples a forward pass: lower it if memory runs out"),
+    "micro_batch_size": (16, 8, "paper", "examples a forward pass: lower it if memory runs out"),
     "max_length": (512, 256, "paper", "tokens an example"),
     "calibration": ("self", None, "paper", "text that must not move: self (sampled from the model), or a hub id or .jsonl with text"),
     "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
@@ -69,7 +145,7 @@ OPTIONS = {
     "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
 }
 TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
-CHOICES = {"method": ("folora", "lora", "lora-null"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
+CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
 PLACES = {"out", "device", "micro_batch_size"}             # a resumed run may change these
 
 
@@ -89,6 +165,8 @@ def parse_options(arguments=None):
         options.update(TUNED)
     options.update(given)
     options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
+    if options["update_a"] == "gated" and options["method"] != "folora":
+        parser.error("--update-a gated needs --method folora's bases")
     for name in ("rank", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
@@ -156,36 +234,48 @@ def calibration_texts(options, model, tokenizer, device, dtype):
     return folora.sample_calibration(model, tokenizer, options.calibration_samples, min(128, longest), longest, seed=options.seed, progress=bar.update)
 
 
-def prepare_sites(options, model, tokenizer, examples, device, dtype, seconds):
-    """Calibration text, both covariances, all eigenproblems: what folora.prepare does, with bars and times."""
+def covariances(options, model, sequences, name):
+    """Covariances over `sequences` (token lists), with a bar; for C_pre and C_task alike."""
+    batches = ev.by_length(sequences, options.micro_batch_size)
+    inputs = (ev.collate(batch, model.device) for batch in tqdm(batches, desc=name))
+    return folora.collect_covariances(
+        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs))
+
+
+def calibrate(options, model, tokenizer, dtype, seconds):
+    """C_pre: calibration text, and its covariances."""
     with stage(seconds, "calibration text"):
-        texts = [{"ids": t.tolist()} for t in calibration_texts(options, model, tokenizer, device, dtype)]
-
-    def covariances(sequences, name):
-        batches = ev.by_length(sequences, options.micro_batch_size, lambda e: len(e["ids"]))
-        inputs = (ev.collate([e["ids"] for e in batch], device) for batch in tqdm(batches, desc=name))
-        return folora.collect_covariances(
-            model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs))
-
+        texts = [t.tolist() for t in calibration_texts(options, model, tokenizer, model.device, dtype)]
     with stage(seconds, "covariances"):
-        C_pre = covariances(texts, "C_pre")
-        C_task = covariances(examples[:options.task_samples], "C_task")
+        return covariances(options, model, texts, "C_pre")
+
+
+def solve(options, model, C_pre, examples, seconds):
+    """FoLoRA's sites: C_task, and all eigenproblems."""
+    with stage(seconds, "covariances"):
+        C_task = covariances(options, model, [e["ids"] for e in examples[:options.task_samples]], "C_task")
     with stage(seconds, "eigenproblems"):
         bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
         return folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
 
 
-def add_adapters(options, model, sites):
-    """Adapters in place; the optimiser of the method."""
-    if options.method == "lora":
+def add_adapters(options, model, sites=None, C_pre=None, targets=folora.TARGET_MODULES):
+    """Adapters in place; the optimiser of the method, which needs what METHODS says: `sites` from solve, C_pre, or nothing."""
+    update = options.update_a or METHODS[options.method][2]
+    if options.method == "folora":
+        optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start))
+        for group in optimizer.param_groups if update != "gated" else ():
+            group["basis"] = group["gate"] = None          # a group without a basis is plain Adam
+    else:
         model.requires_grad_(False)
-        for name, base in folora.find_targets(model).items():
-            model.set_submodule(name, folora.LoRALinear(base, options.rank, options.alpha))
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0)
-    optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start))
-    if options.method == "lora-null":                      # the same start; a group without a basis is plain Adam
-        for group in optimizer.param_groups:
-            group["basis"] = group["gate"] = None
+        for name, base in folora.find_targets(model, targets, options.rank).items():
+            model.set_submodule(name, baseline_adapter(options, base, C_pre and C_pre[name]))
+        A, B = ([p for name, p in model.named_parameters() if key in name] for key in ("lora_A", "lora_B"))
+        lr_a = options.lr if options.lr_a is None else options.lr_a
+        optimizer = torch.optim.AdamW([{"params": A, "lr": lr_a}, {"params": B}], lr=options.lr, weight_decay=0.0)
+    for name, p in model.named_parameters():
+        if update == "frozen" and "lora_A" in name:
+            p.requires_grad_(False)
     return optimizer
 
 
@@ -277,46 +367,55 @@ def train(options, model, optimizer, examples, probe, out):
             save(checkpoint(optimizer, model, step + 1), saved)
 
 
-def run(options):
-    """All stages, in order; prints the table."""
+def load(options):
+    """(model, tokenizer, encoded examples, tasks), everything checked that can be checked before any long work."""
     device, dtype = ev.pick_device(options.device, options.dtype)
     ev.resolve_model(options.model)                        # what needs no download is looked at first
     folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
-    seconds, tasks = {}, ev.load_tasks(options.tasks, options.eval_samples)
+    tasks = ev.load_tasks(options.tasks, options.eval_samples)
     pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
     model, tokenizer = ev.load_model(options.model, device, dtype)
     folora.find_targets(model, rank=options.rank)
-    examples = ev.encode_all(tokenizer, pairs, options.max_length)
-    out = open_run(options)
+    return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
+
+
+def run(options):
+    """All stages, in order; prints the table."""
+    model, tokenizer, examples, tasks = load(options)
+    seconds, needs, out = {}, METHODS[options.method][1], open_run(options)
     check_disk(out, model, options.rank)
     with stage(seconds, "held-out text"):
         texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
     prepared = out / "prepared.pt"
     if prepared.exists():
-        state = torch.load(prepared, map_location=device)
+        state = torch.load(prepared, map_location=model.device)
     else:
         with stage(seconds, "score untouched"):
-            state = {"before": ev.evaluate(model, tokenizer, tasks)}
-        state["sites"] = None if options.method == "lora" else prepare_sites(options, model, tokenizer, examples, device, dtype, seconds)
+            before = ev.evaluate(model, tokenizer, tasks)
+        C_pre = calibrate(options, model, tokenizer, model.dtype, seconds) if needs else None
+        sites = solve(options, model, C_pre, examples, seconds) if needs == "sites" else None
+        state = {"before": before, "sites": sites, "C_pre": C_pre if needs == "C_pre" else None}
+        del C_pre
         save(state, prepared)
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)
-    optimizer = add_adapters(options, model, state["sites"])
+    optimizer, before = add_adapters(options, model, state["sites"], state["C_pre"]), state["before"]
+    del state                                              # the optimiser keeps the bases; the rest is memory
     with stage(seconds, "train"):
         train(options, model, optimizer, examples, probe, out)
     model = folora.merge(model)
     model.save_pretrained(out / "merged")
     tokenizer.save_pretrained(out / "merged")
     with stage(seconds, "score tuned"):
-        reference = ev.load_model(options.model, device, dtype)[0] if "drift" in tasks else None
+        reference = ev.load_model(options.model, model.device, model.dtype)[0] if "drift" in tasks else None
         after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    scores = {"untouched": {**state["before"], **ev.summarise(state["before"])}, "tuned": {**after, **ev.summarise(after, state["before"])}}
+    peak = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    scores = {"untouched": {**before, **ev.summarise(before)}, "tuned": {**after, **ev.summarise(after, before)}}
     (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
     for finished in (prepared, out / "checkpoint.pt"):
         finished.unlink()
     if tasks:
-        print(ev.table({"untouched": state["before"], options.method: after}))
+        print(ev.table({"untouched": before, options.method: after}))
     print(f"{out}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; peak memory {peak:.1f} GB")
 
 

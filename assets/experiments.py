@@ -1,0 +1,408 @@
+"""The README's measurements. Each run is a command line of train_math.py; the ones that are not in the JSON yet are run.
+
+    python assets/experiments.py tiny                                  # every run on the embedded model
+    python assets/experiments.py smollm2 --model DIR --data GSM8K_TRAIN.jsonl --test GSM8K_TEST.jsonl
+    python eval.py --report                                            # tables and figures from the JSON
+
+Results go to assets/tiny.json and assets/smollm2.json: {"untouched": scores, "runs": [{"flags", "change", "seed", "scores", ...}]}.
+An interrupted suite goes on where it was; runs share the model, the calibration text, the covariances and the bases.
+"""
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import eval as ev                                          # noqa: E402
+import folora                                              # noqa: E402
+import train_math                                          # noqa: E402
+
+CACHE = HERE.parent / "runs" / "experiments"
+PREPARING = ("rank", "tau", "calibration", "calibration_samples", "calibration_max_tokens", "task_samples", "max_samples", "seed", "dtype", "model")
+
+
+# ---- changes to FoLoRA that no flag of train_math makes: (optimizer, model, sites) -> None ------------------------------------------
+
+def gate_after(optimizer, model, sites):
+    """Adam's moments in A's own coordinates, the gate applied to its step: ΔA = Adam's step · V⁻ᵀ diag(s̃) Vᵀ."""
+    groups = [(g, torch.linalg.inv(g["basis"].double()).mT.float() * g["gate"] @ g["basis"].mT) for g in optimizer.param_groups if g["basis"] is not None]
+    before = {}
+    for group, _ in groups:
+        group["basis"] = group["gate"] = None
+
+    def keep(*_):
+        before.update({p: p.detach().clone() for group, _ in groups for p in group["params"]})
+
+    @torch.no_grad()
+    def project(*_):
+        for group, P in groups:
+            for p in group["params"]:
+                p.copy_(before[p] + (p - before[p]) @ P)   # (r, d_in) @ (d_in, d_in)
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(project)
+
+
+def gate_on_b(optimizer, model, sites):
+    """B restrained by the rule for A, on its own input z = A0 x: with Ā0 = A0 V⁻ᵀ, z has A0 H A0ᵀ = Ā0 Ā0ᵀ and A0 C_task A0ᵀ = Ā0 Γ Ā0ᵀ."""
+    plain = optimizer.param_groups.pop()
+    for site in sites:
+        A_bar = torch.linalg.solve(site["V"].double(), site["A0"].double().mT).mT               # (r, d_in)
+        H, C_task = (A_bar * g @ A_bar.mT for g in (torch.ones(()), site["gamma"].double()))  # (r, r)
+        gamma, V = folora.generalized_eigenbasis(C_task, H, 1e-6 * H.diagonal().mean().item())
+        optimizer.add_param_group({"params": [model.get_submodule(name).lora_B for name in site["modules"]], "lr": plain["lr"],
+                                   "basis": V.float(), "gate": folora.spectral_gate(gamma.float(), 1.0, 0.3)})
+
+
+CHANGES = {"gate after": gate_after, "gate on B": gate_on_b}
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=1)
+def loaded(arguments):
+    """What all runs of a suite share: (model, tokenizer, examples, tasks, held-out text)."""
+    options = train_math.parse_options(list(arguments))
+    model, tokenizer, examples, tasks = train_math.load(options)
+    return model, tokenizer, examples, tasks, ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+
+
+def prepared_path(options):
+    key = json.dumps({name: getattr(options, name) for name in PREPARING})
+    return CACHE / f"{hashlib.sha1(key.encode()).hexdigest()[:12]}.pt"
+
+
+def prepare(suite, flags, seed):
+    """C_pre and FoLoRA's sites of one preparation, on disk."""
+    options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
+    model, tokenizer, examples, _, _ = loaded(suite)
+    C_pre = train_math.calibrate(options, model, tokenizer, model.dtype, {})
+    train_math.save({"C_pre": C_pre, "sites": train_math.solve(options, model, C_pre, examples, {})}, prepared_path(options))
+
+
+def untouched(suite):
+    model, tokenizer, _, tasks, texts = loaded(suite)
+    scores = ev.evaluate(model, tokenizer, tasks)
+    return {**scores, **ev.summarise(scores)}
+
+
+def run(suite, flags, change, seed):
+    """One training run and its scores."""
+    options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
+    reference, tokenizer, examples, tasks, texts = loaded(suite)
+    state, model, start = torch.load(prepared_path(options)), copy.deepcopy(reference), time.time()
+    torch.manual_seed(seed)
+    optimizer = train_math.add_adapters(options, model, state["sites"], state["C_pre"])
+    if change:
+        CHANGES[change](optimizer, model, state["sites"])
+    with tempfile.TemporaryDirectory() as out:
+        train_math.train(options, model, optimizer, examples, train_math.Probe(reference, texts), Path(out))
+        losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    scores = ev.evaluate(folora.merge(model), tokenizer, tasks, reference, texts)
+    scores.update(ev.summarise(scores))
+    return {"flags": flags, "change": change, "seed": seed, "loss": round(sum(losses[-5:]) / 5, 4), "seconds": round(time.time() - start),
+            "scores": {name: round(score, 5) for name, score in scores.items()}}
+
+
+def write(results, path):
+    """JSON with one line a run, replaced as a whole."""
+    path.with_suffix(".part").write_text(json.dumps(results).replace('{"flags"', '\n{"flags"'))
+    path.with_suffix(".part").replace(path)
+
+
+def run_all(name, suite, wanted, workers):
+    """Run what assets/<name>.json lacks of `wanted`, [(flags, change, seed)], in `workers` processes, and add each result as it comes."""
+    path, suite = HERE / f"{name}.json", tuple(suite)
+    results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    key = lambda run: json.dumps([list(run[0]), run[1], run[2]])
+    done = {key((r["flags"], r["change"], r["seed"])) for r in results["runs"]}
+    wanted = [run for run in {key(run): run for run in wanted}.values() if key(run) not in done]
+    first = {prepared_path(train_math.parse_options([*suite, *flags, "--seed", str(seed)])): (flags, seed) for flags, _, seed in wanted}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        jobs = [pool.submit(prepare, suite, *what) for file, what in first.items() if not file.exists()]
+        if "untouched" not in results:
+            results["untouched"] = pool.submit(untouched, suite).result()
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"{name}: prepare"):
+            job.result()
+        jobs = [pool.submit(run, suite, *what) for what in wanted]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"{name}: runs"):
+            results["runs"].append(job.result())
+            write(results, path)
+    return results
+
+
+# ---- what is run ----------------------------------------------------------------------------------------------------
+
+# label: (flags, learning rate of A as a share of B's or None, four learning rates on tiny, four on SmolLM2)
+FRONTS = {
+    "LoRA": (["--method", "lora"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "MiLoRA": (["--method", "milora"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "CorDA": (["--method", "corda"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "OPLoRA": (["--method", "oplora"], None, ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "LoRA-Null": (["--method", "lora-null"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2"], None, ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
+    "FoLoRA, paper": ([], None, ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "FoLoRA, tuned": (["--preset", "tuned"], 1 / 3, ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
+}
+# label: (flags beside the learning rate of the suite, change)
+ABLATIONS = {
+    "as in the paper": ([], None),
+    "gate off (1 everywhere), the same basis": (["--s-min", "1"], None),
+    "basis off (plain Adam), the same start": (["--update-a", "plain"], None),
+    "A frozen": (["--update-a", "frozen"], None),
+    "Adam's moments in A's own coordinates, the gate after": ([], "gate after"),
+    "λ = 0.5": (["--lam", "0.5"], None),
+    "λ = 2": (["--lam", "2"], None),
+    "s_min = 0.1": (["--s-min", "0.1"], None),
+    "s_min = 0.5": (["--s-min", "0.5"], None),
+    "B restrained too": ([], "gate on B"),
+}
+
+
+SOURCES = {"sampled from the model": None, "the true pretraining distribution": "biography,quiz,exercise,drill,story", "facts only": "biography"}
+BUDGETS = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (16, 128)}       # tokens: (texts, tokens each); down_proj's d_in is 512
+SCREENING, SEEDS = (0,), (0, 1, 2)                         # the ends of a front; its middle, and everything else
+SUITE = {
+    "tiny": "--max-steps 100 --batch-size 16 --eval-samples 100 --log-every 1000",
+    "smollm2": "--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 "
+               "--dtype bfloat16 --eval-samples 64 --log-every 1000",
+}
+TARGET = {"tiny": ("gsm8k", "accuracy on unseen word problems, %", 1), "smollm2": ("nll", "NLL of GSM8K test solutions, nat/token", -1)}     # 1: more is better
+
+
+def front(label, suite):
+    """[(learning rate, flags)] of a method's front."""
+    flags, share, *rates = FRONTS[label]
+    return [(lr, [*flags, "--lr", lr] + (["--lr-a", f"{share * float(lr):.3g}"] if share else [])) for lr in rates[suite == "smollm2"]]
+
+
+def fronts(suite):
+    """The runs behind the fronts: the ends with one seed, the middle with three."""
+    runs = []
+    for label in FRONTS:
+        lines = front(label, suite)
+        runs += [(flags, None, seed) for i, (_, flags) in enumerate(lines) for seed in (SEEDS if 0 < i < len(lines) - 1 else SCREENING)]
+    return sorted(runs, key=lambda run: run[2])            # all methods with the first seed first
+
+
+def ablations(suite):
+    lr = FRONTS["FoLoRA, paper"][2 + (suite == "smollm2")][1]
+    return {label: ([*flags, "--lr", lr], change) for label, (flags, change) in ABLATIONS.items()}
+
+
+def sources():
+    """{label: flags}: FoLoRA with C_pre from each source, and from few tokens of its own."""
+    out, lr = {}, FRONTS["FoLoRA, paper"][2][1]
+    for label, kinds in SOURCES.items():
+        file = CACHE / f"{hashlib.sha1(str(kinds).encode()).hexdigest()[:8]}.jsonl"
+        out[label] = ["--lr", lr] + (["--calibration", str(file.relative_to(HERE.parent))] if kinds else [])
+        if kinds and not file.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            documents = subprocess.run([sys.executable, str(HERE.parent / "tiny/make_tiny.py"), "--documents", "256", "--kinds", kinds], capture_output=True, text=True, check=True)
+            file.write_text(documents.stdout)
+    for tokens, (texts, each) in BUDGETS.items():
+        out[f"{tokens} tokens of its own"] = ["--lr", lr, "--calibration-samples", str(texts), "--calibration-max-tokens", str(each)]
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITE)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of smollm2: hub id or directory")
+    parser.add_argument("--data", default="openai/gsm8k", help="of smollm2: GSM8K's training set")
+    parser.add_argument("--test", help="of smollm2: GSM8K's test set as .jsonl (default: the hub's)")
+    parser.add_argument("--only", choices=("fronts", "ablations", "sources"), help="one part of the suite")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time (default: one a core, or one on a GPU)")
+    options = parser.parse_args()
+    os.chdir(HERE.parent)
+    suite, name = SUITE[options.suite].split(), options.suite
+    if name == "smollm2":
+        suite += ["--model", options.model, "--data", options.data, "--tasks", "nll" + f"={options.test}" * bool(options.test) + ",drift"]
+    wanted = {"fronts": lambda: fronts(name), "ablations": lambda: [(*run, seed) for seed in SEEDS for run in ablations(name).values()],
+              "sources": lambda: [(flags, None, seed) for seed in SEEDS for flags in sources().values()] if name == "tiny" else []}
+    results = run_all(name, suite, [run for part in wanted if options.only in (None, part) for run in wanted[part]()], options.workers)
+    if name == "smollm2" and "spectrum" not in results:
+        results["spectrum"] = spectrum(suite)
+        write(results, HERE / f"{name}.json")
+
+
+# ---- the spectrum of one layer --------------------------------------------------------------------------------------
+
+def spectrum(suite, module="down_proj"):
+    """γ of the middle layer's `module`, and C_task in C_pre's eigenbasis: mean |entries| over 32 x 32 blocks, largest eigenvalues first."""
+    options = train_math.parse_options([*suite, "--seed", "0"])
+    state = torch.load(prepared_path(options))
+    sites = [site for site in state["sites"] if site["modules"][0].endswith(module)]
+    site = sites[len(sites) // 2]
+    inverse = torch.linalg.inv(site["V"].double())         # C_task = V⁻ᵀ Γ V⁻¹
+    C_task = inverse.mT * site["gamma"].double() @ inverse
+    U = torch.linalg.eigh(state["C_pre"][site["modules"][0]].double()).eigenvectors.flip(-1)    # (d_in, d_in)
+    rotated, n = (U.mT @ C_task @ U).abs(), len(U) // 32
+    blocks = rotated[:32 * n, :32 * n].view(32, n, 32, n).mean((1, 3))
+    off = 1 - rotated.diagonal().square().sum() / rotated.square().sum()
+    return {"module": site["modules"][0], "gamma": [float(f"{g:.4g}") for g in site["gamma"].tolist()], "off_diagonal_energy": round(off.item(), 4),
+            "blocks": [[float(f"{x:.3g}") for x in row] for row in blocks.tolist()]}
+
+
+# ---- tables and figures ---------------------------------------------------------------------------------------------
+
+def points(results, flags, change=None):
+    """{metric: (mean, spread, n)} over the seeds of one setting; the spread is the sample standard deviation."""
+    runs = [r["scores"] for r in results["runs"] if (r["flags"], r["change"]) == (flags, change)]
+    out = {}
+    for metric in runs[0] if runs else ():
+        values = torch.tensor([run[metric] for run in runs], dtype=torch.float64)
+        out[metric] = (values.mean().item(), values.std().item() if len(runs) > 1 else 0.0, len(runs))
+    return out
+
+
+def at(line, x):
+    """y of a front [(x, y)], in the order of its learning rates, at the target score x: straight lines between its points, the first
+    crossing; None if it never gets there."""
+    for (x0, y0), (x1, y1) in zip(line, line[1:]):
+        if min(x0, x1) <= x <= max(x0, x1):
+            return y0 if x0 == x1 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+def with_spread(point, digits):
+    mean, spread, n = point
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if n > 1 else "")
+
+
+def line_of(result, label, suite):
+    """[(learning rate, points)] of a front, as far as it has been run."""
+    return [(lr, found) for lr, flags in front(label, suite) if (found := points(result, flags))]
+
+
+def print_fronts(suite, result):
+    """Each method at its own best learning rate, and both presets of FoLoRA at the same target score."""
+    metric, meaning, sign = TARGET[suite]
+    shown = [m for m in (metric, "drift", "Avg1") if m in result["untouched"]]
+    lines = {label: line_of(result, label, suite) for label in FRONTS}
+    ours = {label: {m: [(p[metric][0], p[m][0]) for _, p in lines[label]] for m in shown[1:]} for label in FRONTS if label.startswith("FoLoRA")}
+    print(f"\n{suite}: {meaning}; KL (drift), nat/token; mean ± standard deviation of the seeds, where there are several\n")
+    print("| method | best lr | " + " | ".join(shown) + " | " + " | ".join(f"{label}, there: {m}" for label in ours for m in shown[1:]) + " |")
+    print("|---" * (2 + len(shown) + len(ours) * (len(shown) - 1)) + "|")
+    print("| untouched | | " + " | ".join(f"{result['untouched'][m]:.4g}" for m in shown) + " |" + " |" * (len(ours) * (len(shown) - 1)))
+    for label, line in lines.items():
+        if not line:
+            continue
+        lr, best = max(line, key=lambda point: sign * point[1][metric][0])
+        there = [at(ours[other][m], best[metric][0]) for other in ours for m in shown[1:]]
+        print(f"| {label} | {lr} | " + " | ".join(with_spread(best[m], 3 if m in ("drift", "nll") else 1) for m in shown) + " | "
+              + " | ".join("not reached" if y is None else f"{y:.3f}" if y < 3 else f"{y:.1f}" for y in there) + " |")
+
+
+def print_settings(suite, result, settings):
+    """One row a setting: [target score, KL, what was kept]."""
+    shown = [m for m in result["untouched"] if m in ("drift", "Avg1", TARGET[suite][0]) or ev.role(m) == "preserve"]
+    print("\n| | seeds | " + " | ".join(shown) + " |\n" + "|---" * (2 + len(shown)) + "|")
+    for label, (flags, change) in settings.items():
+        point = points(result, flags, change)
+        if point:
+            print(f"| {label} | {point['drift'][2]} | " + " | ".join(with_spread(point[m], 4 if m in ("drift", "nll") else 1) for m in shown) + " |")
+
+
+def draw_tradeoff(results):
+    """assets/tradeoff.png: a panel a measure, a line a method, a point a learning rate."""
+    from matplotlib import pyplot
+    panels = [(suite, m) for suite in results for m in ("Avg1", "drift") if m in results[suite]["untouched"]]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, (suite, metric) in zip(axes[0], panels):
+        target, meaning, sign = TARGET[suite]
+        for i, label in enumerate(FRONTS):
+            line = [p for _, p in line_of(results[suite], label, suite)]
+            ours = label.startswith("FoLoRA")
+            x, y = ([p[m] for p in line] for m in (target, metric))
+            axis.errorbar([v[0] for v in x], [v[0] for v in y], [v[1] for v in y], [v[1] for v in x], label=label, marker="os^vD<>P"[i],
+                          color=f"C{3 if label.endswith('tuned') else 1}" if ours else pyplot.cm.tab20c(16 + i % 4 if i < 4 else 4 + i), zorder=3 if ours else 2,
+                          linewidth=2 if ours else 1, markersize=5, capsize=2)
+        axis.set(xlabel=meaning, ylabel="KL from the untouched model, nat/token" if metric == "drift" else "what it knew before: mean of four scores, %",
+                 title=f"{'tiny' if suite == 'tiny' else 'SmolLM2-135M, GSM8K'}: {'forgetting' if metric == 'drift' else 'preservation'}")
+        if metric == "drift":
+            axis.set_yscale("log")
+        if sign < 0:
+            axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(HERE / "tradeoff.png", dpi=130)
+
+
+def draw_sources(result):
+    """assets/sources.png: what each capability keeps, by the source of C_pre and by its number of tokens."""
+    from matplotlib import pyplot
+    settings = {label: points(result, flags) for label, flags in sources().items()}
+    settings = {label: point for label, point in settings.items() if point}
+    names = [m for m in result["untouched"] if ev.role(m) == "preserve"] + ["gsm8k"]
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    for i, (label, point) in enumerate(settings.items()):
+        places = [j + 0.8 * (i + 0.5) / len(settings) - 0.4 for j in range(len(names))]
+        axis.bar(places, [point[m][0] for m in names], 0.8 / len(settings), yerr=[point[m][1] for m in names], label=label, color=pyplot.cm.viridis(i / len(settings)))
+    for j, name in enumerate(names):
+        axis.hlines(result["untouched"][name], j - 0.4, j + 0.4, color="black", linewidth=1)
+    axis.set(xticks=range(len(names)), xticklabels=names, ylabel="score, % (line: untouched)", title="tiny: FoLoRA with C_pre from ...")
+    axis.legend(fontsize=7)
+    figure.savefig(HERE / "sources.png", dpi=130)
+
+
+def draw_spectrum(spectrum):
+    """assets/spectrum.png: the paper's Fig. 2a and 1a for one layer."""
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    gamma = torch.tensor(spectrum["gamma"])
+    left.semilogy(gamma, color="black", label="γ")
+    for lam in (0.5, 1.0, 2.0):
+        left.semilogy(folora.spectral_gate(gamma, lam, 0.3), label=f"gate, λ = {lam:g}, s_min = 0.3")
+    left.set(xlabel="direction, in descending γ", title=spectrum["module"], ylim=(1e-3, None))
+    left.legend(fontsize=8)
+    image = right.imshow(torch.tensor(spectrum["blocks"]).log10(), cmap="magma")
+    right.set(title="C_task in C_pre's eigenbasis (log₁₀, blocks)", xticks=[], yticks=[],
+              xlabel=f"{100 * spectrum['off_diagonal_energy']:.0f}% of its energy is off the diagonal")
+    figure.colorbar(image)
+    figure.savefig(HERE / "spectrum.png", dpi=130)
+
+
+def load_results(suite):
+    path = HERE / f"{suite}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def report():
+    """Print the tables; draw the figures."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("--report draws figures: pip install matplotlib")
+    matplotlib.use("Agg")
+    results = {suite: load_results(suite) for suite in SUITE}
+    results = {suite: result for suite, result in results.items() if result}
+    if not results:
+        sys.exit("no measurement in assets/ yet: python assets/experiments.py tiny")
+    for suite, result in results.items():
+        print_fronts(suite, result)
+        print_settings(suite, result, ablations(suite))
+    if "tiny" in results:
+        print_settings("tiny", results["tiny"], {label: (flags, None) for label, flags in sources().items()})
+        draw_sources(results["tiny"])
+    if "spectrum" in results.get("smollm2", {}):
+        draw_spectrum(results["smollm2"]["spectrum"])
+    draw_tradeoff(results)
+
+
+if __name__ == "__main__":
+    main()
