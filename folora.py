@@ -9,8 +9,8 @@ pretraining text is sampled from the model itself: the closer its conditionals a
 its text is to that data (Theorem 3.1).
 
     paper                                    here
-    3.1  forgetting and utility, Eq. 5-7     collect_covariances
-    3.2  generalized eigenbasis, Eq. 8-17    generalized_eigenbasis
+    3.1  forgetting and utility, Eq. 5-10    collect_covariances
+    3.2  generalized eigenbasis, Eq. 11-17   generalized_eigenbasis
     3.3  spectral-gated Adam, Eq. 18-24      spectral_gate, SAdam
     3.4  model-generated text, Eq. 27, B.4   reject_reason, sample_calibration
     B.3  null-space start, Eq. 3             null_space, LoRALinear
@@ -21,7 +21,7 @@ its text is to that data (Theorem 3.1).
     A, B             (r, d_in), (d_out, r)    lora_A, lora_B             W = W_res + κ B A; A0 = U_perpᵀ, B0 at the start
     κ                scalar                   scaling                    alpha / rank
     X_pre, X_task    (d_in, tokens)           rows, transposed           a layer's inputs on D_pre (self-generated), on the task
-    C_pre, C_task    (d_in, d_in)             C_pre, C_task              means of x xᵀ over tokens (uncentred covariances)
+    C_pre, C_task    (d_in, d_in)             C_pre, C_task              means of x xᵀ over tokens, then divided by trace / d_in
     τ, H             scalar, (d_in, d_in)     tau, H                     H = C_pre + τ I = L Lᵀ, positive definite
     Γ, V             (d_in,), (d_in, d_in)    gamma, V; "basis"          C_task v = γ H v, γ descending, Vᵀ H V = I
     λ, s_min, s̃      scalars, (d_in,)         lam, s_min, "gate"         the gate: its sharpness, its floor, its values
@@ -33,18 +33,21 @@ Use it on any model with nn.Linear layers (name them in target_modules if they a
     import folora
     texts = folora.sample_calibration(model, tokenizer, 2000)
     pretrain = [{"input_ids": t[None]} for t in texts]   # batches are dicts, passed as model(**batch)
-    optimizer = folora.prepare(model, pretrain, task[:256], lr=3e-4, rank=128)       # task: batches with "labels"
-    for batch in task:                                   # any loop, any scheduler, any gradient accumulation
+    optimizer = folora.prepare(model, pretrain, task[:16], lr=3e-4, rank=128)        # task: batches with "labels"; 256 examples of it
+    for batch in task:                                   # any loop, any scheduler, any gradient accumulation; batches on its device
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model = folora.merge(model)                          # a plain model again, as large and as fast as before
 
+Move and cast the model before `prepare`. Save it merged: lora_A and lora_B alone belong to W_res and not to W0. Several processes:
+`decompose` in one and send the sites to all, for two eigensolvers may return two bases where γ repeats, and A would then move apart.
+
 Where the paper is silent, or we leave it (not measured yet, unless a figure stands here):
  1. Scale. With sums over tokens γ would depend on the numbers of tokens, and so would the length of V's columns, which is the
-    step of A. `decompose` divides each covariance by its mean eigenvalue, trace / d_in. γ then compares *shares* of energy:
-    a direction that has the same share of the task's as of the pretraining text's has γ = 1, and at λ = 1 a gate of one half.
-    (The first token's huge activations count in both traces.)
+    step of A. `decompose` divides each covariance by its mean eigenvalue, trace / d_in. γ then compares *shares* of energy: where
+    a direction has the share c of both texts' energy (1: an average direction), γ = c / (c + τ), so 1 far above τ and 0 far below.
+    One huge direction, as the first token makes in some layers, raises the mean and pushes all others towards τ.
  2. τ = 0.01, relative to that mean eigenvalue. No column of V is longer than 1/√τ, so a step of one eigen-coordinate moves A by
     10 lr at most. A smaller τ would let A run into directions that the calibration text merely happened to miss.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours.
@@ -59,7 +62,8 @@ Where the paper is silent, or we leave it (not measured yet, unless a figure sta
     on for ever, on a model whose text never passes.
 
 Left out: other methods' hard projections, dense-weight SAdam with a truncated basis (Appendix D), weight decay and dropout (the
-paper uses neither), quantised base weights, convolutions, models spread over several devices.
+paper uses neither), quantised base weights, convolutions, models spread over several devices, encoder-decoders with their two
+masks, and code that reads .weight of a wrapped layer.
 """
 import functools
 import hashlib
@@ -97,7 +101,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     for name, module in found.items():
         if uses[id(module.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module (tied): leave it out of target_modules, or give it a copy")
-        if not module.weight.is_floating_point():
+        if module.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"{name} is quantised ({module.weight.dtype}): load the model in bfloat16, float16 or float32")
         if not 0 < rank <= module.in_features:
             raise ValueError(f"rank must be between 1 and the input width of {name}, {module.in_features}, not {rank}")
@@ -106,13 +110,14 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
 
 @contextmanager
 def _evaluating(model):
-    """model.eval(), undone at the end, also after an error."""
-    was_training = model.training
+    """model.eval(), undone module by module at the end, also after an error."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Gram:
@@ -142,8 +147,8 @@ def _real_tokens(name, x, mask):
     rows = x.reshape(-1, x.shape[-1])                      # (batch * length, d_in)
     if mask is None:
         return rows
-    if mask.numel() != len(rows):
-        raise ValueError(f"{name} received {len(rows)} rows where attention_mask has {mask.numel()} entries: pass batches without padding")
+    if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        raise ValueError(f"{name} received {tuple(x.shape[:-1])} rows where attention_mask is {tuple(mask.shape)}: pass batches without padding")
     return rows[mask.reshape(-1).to(rows.device)]
 
 
@@ -158,7 +163,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                     tensor (q, k, v; gate, up) share one accumulation and get one and the same tensor.
     ValueError      no target, no batch, a layer that no token reached, inputs that are not finite
 
-    For a language model add "logits_to_keep": 1 to each batch: nothing here reads the logits. Wrap `batches` for a bar.
+    Nothing here reads logits or loss: for a language model leave out "labels" and add "logits_to_keep": 1. Wrap `batches` for a bar.
     """
     targets = find_targets(model, target_modules)
     grams, seen, mask = {}, Counter(), None
@@ -193,7 +198,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
 
 def _check(name, tokens, gram):
-    """ValueError unless the covariance of a layer is one: some tokens, all of them its own, all finite."""
+    """ValueError unless the layer saw tokens, the same ones in its covariance, and finite ones."""
     if not tokens:
         raise ValueError(f"no token reached {name}: give at least one batch, and text that uses every target layer")
     if tokens != gram.tokens:                              # grouped on the first call, apart (or called again) later
@@ -241,8 +246,8 @@ def generalized_eigenbasis(C_task, C_pre, tau):
     L = _cholesky(C_pre, tau)
     half = torch.linalg.solve_triangular(L, C_task.double(), upper=False)            # L⁻¹ C_task
     M = torch.linalg.solve_triangular(L, half.mT, upper=False)                       # L⁻¹ C_task L⁻ᵀ, (..., d, d)
-    # Eq. 16: M = R Γ Rᵀ, R orthogonal (L's R, not the symmetric root's). float64 ends here: with H applied exactly, float32 costs γ only 1e-7 of the largest one, while a float32
-    # L would be off by cond(H) · 1e-7, all of it in the directions that matter most, those of least penalty.
+    # Eq. 16: M = R Γ Rᵀ, R orthogonal (L's R, not the symmetric root's). Only this step is in float32: with H applied exactly it costs
+    # γ 1e-7 of the largest one, while a float32 L would be off by cond(H) · 1e-7, all of it in the directions of least penalty.
     gamma, R = torch.linalg.eigh(((M + M.mT) / 2).to(C_pre.dtype))                   # ascending
     V = torch.linalg.solve_triangular(L.mT, R.flip(-1).double(), upper=True)         # Eq. 17: V = L⁻ᵀ R
     return gamma.flip(-1).clamp(min=0), V.to(C_pre.dtype)
@@ -268,8 +273,9 @@ class SAdam(torch.optim.Optimizer):
                     A group without them gets plain Adam: torch.optim.Adam's numbers, no weight decay.
     lr, betas, eps  as in Adam; each may be set in a group
 
-    `p.grad` is only read. The basis is part of state_dict (a resumed run needs the very same one, signs included). Each row of A
-    is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it does in the whole.
+    `p.grad` is only read. The basis follows its parameters to their device, and is part of state_dict: a resumed run needs the very
+    same one, signs included. Each row of A is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it
+    does in the whole.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -286,12 +292,6 @@ class SAdam(torch.optim.Optimizer):
             if V.shape != (p.shape[-1],) * 2 or gate.shape != p.shape[-1:]:
                 raise ValueError(f"a parameter {tuple(p.shape)} does not fit basis {tuple(V.shape)} and gate {tuple(gate.shape)}")
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)                # moves the moments to the parameters' device, but no group's tensors
-        for group in self.param_groups:
-            if group["basis"] is not None:
-                group.update({key: group[key].to(group["params"][0].device) for key in ("basis", "gate")})
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all parameters that have a gradient. Returns closure()'s loss, if a closure is given."""
@@ -300,6 +300,8 @@ class SAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if group["basis"] is not None:                 # does nothing unless the model, or a loaded state, was elsewhere
+                group.update({key: group[key].to(group["params"][0].device) for key in ("basis", "gate")})
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
@@ -374,7 +376,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress        called with 1 for each sample that passes, such as `tqdm(total=num_samples).update`
     returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed, batch_size,
                     dtype and device
-    RuntimeError    GIVE_UP samples, or later as many in a row as were asked for, all rejected; the message counts the reasons
+    RuntimeError    the first GIVE_UP samples are all rejected, or later num_samples in a row; the message counts the reasons
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"need 0 < min_new_tokens <= max_new_tokens, not {min_new_tokens} and {max_new_tokens}")
@@ -434,6 +436,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer, rank, alpha=None, A0=None, B0=None):
         super().__init__()
+        if not (alpha is None or alpha > 0):
+            raise ValueError(f"alpha must be > 0 (or None: scaling 1), not {alpha}")
         d_out, d_in = base_layer.weight.shape
         W0 = base_layer.weight.detach().float()
         if not 0 < rank <= d_in or A0 is not None and A0.shape != (rank, d_in):
@@ -455,7 +459,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The plain nn.Linear with W = W_res + κ B A, added in float32 and rounded once."""
+        """The plain nn.Linear with W = W_res + κ B A, added in float32, then rounded to W's dtype."""
         W = self.base_layer.weight.float() + self.scaling * self.lora_B @ self.lora_A
         self.base_layer.weight = nn.Parameter(W.to(self.base_layer.weight.dtype), requires_grad=False)
         return self.base_layer
@@ -535,7 +539,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
 
-    Beside the model it holds both covariances and the bases, 3 · 4 · Σ d_in² bytes over distinct inputs, and in the end the bases.
+    Beside the model it holds both covariances and the bases, 12 Σ d_in² bytes over distinct inputs, and in the end the bases,
+    4 Σ d_in² (22 GB for LLaMA-2-7B).
     """
     find_targets(model, target_modules, rank)
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):

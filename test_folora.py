@@ -895,7 +895,7 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method", ["folora", "lora", "lora-null"])
+@pytest.mark.parametrize("method", list(train_math.METHODS))
 def test_training_writes_its_run(method, trained):
     out, printed = trained(method)
     assert all(row in printed for row in ("untouched", method, "gsm8k", "facts", "nll", "drift", "Avg1", "Avg1(%)", "Avg2", "GM"))
@@ -909,10 +909,28 @@ def test_training_writes_its_run(method, trained):
 
 
 def test_methods_differ_as_they_say(trained):
-    """FoLoRA and LoRA-Null start at the same point and take different steps; LoRA starts elsewhere."""
-    losses = {m: [json.loads(line)["loss"] for line in (trained(m)[0] / "metrics.jsonl").read_text().splitlines()] for m in ("folora", "lora", "lora-null")}
-    assert losses["folora"][0] == losses["lora-null"][0] == pytest.approx(losses["lora"][0], rel=1e-4)
-    assert losses["folora"][-1] != losses["lora-null"][-1] != losses["lora"][-1]
+    """All start at the same function and end at different ones."""
+    losses = {m: [json.loads(line)["loss"] for line in (trained(m)[0] / "metrics.jsonl").read_text().splitlines()] for m in train_math.METHODS}
+    assert all(line[0] == pytest.approx(losses["lora"][0], rel=1e-4) for line in losses.values())
+    assert len({line[-1] for line in losses.values()}) == len(losses)
+
+
+def test_what_moves_a_can_be_chosen():
+    """plain: FoLoRA's start under plain Adam; frozen: A stays."""
+    C = torch.diag(torch.linspace(2, 0.5, 12))
+    sites = folora.decompose({"q_proj": C}, {"q_proj": C.flip(0, 1)}, rank=4)
+    moved = {}
+    for update in ("gated", "plain", "frozen"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"q_proj": nn.Linear(12, 10)})
+        options = train_math.parse_options(["--lr", "0.1", "--update-a", update, "--rank", "4"])
+        optimizer = train_math.add_adapters(options, model, sites)
+        A = model["q_proj"].lora_A.detach().clone()
+        model["q_proj"](torch.ones(3, 12)).square().sum().backward()
+        optimizer.step()
+        moved[update] = model["q_proj"].lora_A.detach() - A
+    assert moved["plain"].abs().max() == pytest.approx(0.1, rel=1e-3) and not moved["frozen"].any()
+    assert 0 < (moved["gated"] - moved["plain"]).abs().max()
 
 
 def test_eval_reads_a_run(trained):
@@ -925,7 +943,7 @@ def test_eval_reads_a_run(trained):
     assert float(row["drift"][0]) == pytest.approx(scores["tuned"]["drift"], abs=2e-3) and float(row["drift"][1]) == 0
 
 
-@pytest.mark.parametrize("method", ["folora", "lora"])
+@pytest.mark.parametrize("method", ["folora", "lora", "lora-null-v2", "oplora"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(method, trained, tmp_path, monkeypatch):
     whole, _ = trained(method)
     arguments = [*FAST, "--method", method, "--tasks", TASKS, "--out", str(tmp_path / "cut")]
@@ -983,6 +1001,9 @@ def test_schedule_and_order_of_the_data():
     (["--device", "cuda"], "no CUDA GPU"),
     (["--tasks", "facts,trivia"], "unknown task trivia"),
     (["--lam", "0"], "lam must be > 0"),
+    (["--alpha", "0"], "--alpha must not be 0.0"),
+    (["--lr", "-1"], "--lr must not be -1.0"),
+    (["--update-a", "gated", "--method", "lora"], "--update-a gated needs --method folora"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--max-length", "20"], "raise it"),
 ])
@@ -1028,6 +1049,76 @@ def test_help_says_whose_each_default_is():
     for name, (default, _, source, _) in train_math.OPTIONS.items():
         assert f"--{name.replace('_', '-')}" in help_text
     assert "[paper: 128; tiny: 32]" in help_text
+
+
+# ---- the measurements -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+    from assets import experiments
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    monkeypatch.setattr(experiments, "CACHE", tmp_path)
+    return experiments
+
+
+@pytest.mark.parametrize("method", ["folora", "lora"])
+def test_an_experiments_run_is_the_command_lines(method, trained, experiments):
+    suite = tuple([*FAST, "--tasks", TASKS])
+    experiments.prepare(suite, [], 0)
+    result = experiments.run(suite, ["--method", method], None, 0)
+    scores = json.loads((trained(method)[0] / "summary.json").read_text())["scores"]["tuned"]
+    assert {name: result["scores"][name] for name in scores} == pytest.approx(scores, abs=1e-5)
+
+
+def test_the_gate_after_adam_is_sadam_where_the_basis_is_the_identity(experiments, spectral):
+    """With V = I the two orders are the same thing; with another V they are not."""
+    for V, same in ((torch.eye(6), True), (spectral[2], False)):
+        group = {"basis": V, "gate": torch.linspace(1, 0.1, 6)}
+        a, b = (nn.Parameter(torch.ones(2, 6)) for _ in range(2))
+        first, second = (folora.SAdam([{"params": [p], **group}], lr=0.1) for p in (a, b))
+        experiments.gate_after(second, None, None)
+        for step in range(3):
+            torch.manual_seed(step)
+            a.grad = torch.randn(2, 6)
+            b.grad = a.grad.clone()
+            first.step()
+            second.step()
+        assert torch.allclose(a, b, atol=1e-5) == same
+
+
+def test_the_gate_on_b_knows_its_own_covariances(experiments):
+    torch.manual_seed(0)
+    X, Y = torch.randn(50, 8), torch.randn(50, 8) * torch.linspace(0.1, 3, 8)
+    model = nn.ModuleDict({"f": nn.Linear(8, 5)})
+    sites = folora.decompose({"f": X.mT @ X / 50}, {"f": Y.mT @ Y / 50}, rank=3)
+    optimizer = folora.attach(model, sites, lr=0.1)
+    experiments.gate_on_b(optimizer, model, sites)
+    A0, V = sites[0]["A0"].double(), optimizer.param_groups[-1]["basis"].double()
+    unit = lambda C: C / C.diagonal().mean()
+    H, C_task = unit(X.mT @ X).double() + 0.01 * torch.eye(8), unit(Y.mT @ Y).double()
+    gamma = torch.from_numpy(scipy.linalg.eigh((A0 @ C_task @ A0.mT).numpy(), (A0 @ H @ A0.mT).numpy())[0]).flip(0)
+    Hz = A0 @ H @ A0.mT
+    torch.testing.assert_close(V.mT @ (Hz / Hz.diagonal().mean()) @ V, torch.eye(3).double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(optimizer.param_groups[-1]["gate"].double(), (gamma / (gamma + 1)).clamp(min=0.3), rtol=1e-3, atol=1e-3)
+    assert optimizer.param_groups[-1]["params"] == [model["f"].lora_B]
+
+
+def test_a_front_is_read_between_its_points(experiments):
+    line = [(10.0, 1.0), (20.0, 3.0), (15.0, 9.0)]
+    assert experiments.at(line, 15) == 2 and experiments.at(line, 20) == 3 and experiments.at(line, 25) is None
+
+
+def test_the_report_draws_what_has_been_measured(experiments, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib for the figures")
+    with pytest.raises(SystemExit, match="no measurement"):
+        experiments.report()
+    score = {"gsm8k": 10.0, "facts": 50.0, "sort": 50.0, "reverse": 50.0, "sums": 50.0, "drift": 0.1, "Avg1": 50.0}
+    runs = [{"flags": flags, "change": None, "seed": seed, "scores": {**score, "gsm8k": 10.0 * i + seed, "drift": 0.1 * (i + 1)}}
+            for label in ("LoRA", "FoLoRA, tuned") for i, (_, flags) in enumerate(experiments.front(label, "tiny")) for seed in (0, 2)]
+    (tmp_path / "tiny.json").write_text(json.dumps({"untouched": score, "runs": runs}))
+    experiments.report()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| LoRA | 8e-3 | 31.0 ± 1.4 | 0.400 ± 0.000 | 50.0 ± 0.0 |") for line in lines) and (tmp_path / "tradeoff.png").exists()
 
 
 # ---- the README -----------------------------------------------------------------------------------------------------

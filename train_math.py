@@ -84,8 +84,6 @@ class Complement(torch.nn.Module):
 def baseline_adapter(options, base, C_pre):
     """The LoRALinear of a baseline on the nn.Linear `base`."""
     start, rank, W = METHODS[options.method][0], options.rank, base.weight.detach().float()
-    if options.method != "lora" and rank > min(W.shape):
-        raise ValueError(f"--method {options.method} needs a rank of at most {min(W.shape)}, the smaller side of a target, not {rank}")
     factors = start(W, C_pre, rank, options.alpha / rank if options.alpha else 1.0) if start else ()
     adapter = folora.LoRALinear(base, rank, options.alpha, *factors)
     if options.method == "oplora":                         # k = r: the paper has 128 for both
@@ -119,7 +117,7 @@ OPTIONS = {
     "rank": (128, 32, "paper", "adapter rank"),
     "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
     "lr": (3e-4, 6e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
-    "lr_a": (None, None, "ours", "learning rate of A; none: the same"),
+    "lr_a": (None, None, "ours", "learning rate of A; none: the same (tuned: in the preset's proportion)"),
     "lam": (1.0, None, "paper", "lambda, the gate's sharpness"),
     "s_min": (0.3, None, "paper", "the gate's floor"),
     "tau": (0.01, None, "ours", "ridge, relative to the mean eigenvalue of C_pre"),
@@ -146,7 +144,7 @@ OPTIONS = {
 }
 TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
 CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
-PLACES = {"out", "device", "micro_batch_size"}             # a resumed run may change these
+PLACES = {"out", "micro_batch_size"}                       # a resumed run may change these; another device has other singular vectors
 
 
 def parse_options(arguments=None):
@@ -164,9 +162,14 @@ def parse_options(arguments=None):
     if given.get("preset") == "tuned":
         options.update(TUNED)
     options.update(given)
+    if given.get("preset") == "tuned" and "lr" in given and "lr_a" not in given:
+        options["lr_a"] = given["lr"] * TUNED["lr_a"] / TUNED["lr"]                       # the preset is a ratio of the two
     options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
     if options["update_a"] == "gated" and options["method"] != "folora":
         parser.error("--update-a gated needs --method folora's bases")
+    for name in ("lr", "lr_a", "tau", "alpha"):
+        if options[name] is not None and not options[name] >= 0 or name == "alpha" and options[name] == 0:
+            parser.error(f"--{name.replace('_', '-')} must not be {options[name]}")
     for name in ("rank", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
@@ -203,7 +206,7 @@ def save(value, path):
 def check_disk(out, model, rank):
     """Stop now, with one line, rather than hours later: the run writes the bases, checkpoints, and the merged model."""
     widths = [m.in_features for m in folora.find_targets(model, rank=rank).values()]
-    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * sum(d * d for d in widths) // 2 + 24 * rank * sum(widths)
+    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * sum(d * d for d in widths) + 48 * rank * sum(widths)
     free = shutil.disk_usage(out).free
     if free < need:
         sys.exit(f"{out}: the run writes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give an --out on a larger disk")
@@ -316,8 +319,7 @@ class Probe:
     def __init__(self, model, texts, positions=256):
         self.batch = ev.collate([t.tolist() for t in texts[:4]], model.device)
         self.batch["labels"][:, 0] = -100                  # nothing predicts BOS
-        chosen = (self.batch["labels"] != -100).flatten().nonzero().flatten()[positions:]
-        self.batch["labels"].view(-1)[chosen] = -100
+        self.batch["labels"][:, 1 + positions // len(self.batch["labels"]):] = -100
         self.before = ev.label_logits(model, self.batch)[0].log_softmax(-1)
 
     @torch.inference_mode()
@@ -330,7 +332,7 @@ def checkpoint(optimizer, model, step):
     """What a resumed run needs beside prepared.pt: adapters, moments, step. The bases are in prepared.pt and not written again."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in group.items() if k not in ("basis", "gate")} for group in state["param_groups"]]
-    adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     return {"step": step, "adapters": adapters, "optimizer": {"state": state["state"], "param_groups": groups}}
 
 
@@ -370,12 +372,15 @@ def train(options, model, optimizer, examples, probe, out):
 def load(options):
     """(model, tokenizer, encoded examples, tasks), everything checked that can be checked before any long work."""
     device, dtype = ev.pick_device(options.device, options.dtype)
+    options.device, options.dtype = str(device), str(dtype).removeprefix("torch.")       # config.json says what "auto" came to
     ev.resolve_model(options.model)                        # what needs no download is looked at first
     folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
     model, tokenizer = ev.load_model(options.model, device, dtype)
-    folora.find_targets(model, rank=options.rank)
+    sides = [min(m.weight.shape) for m in folora.find_targets(model, rank=options.rank).values()]
+    if options.method not in ("folora", "lora") and options.rank > min(sides):
+        sys.exit(f"--method {options.method} needs a rank of at most {min(sides)}, the smallest side of a target, not {options.rank}")
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
@@ -427,10 +432,11 @@ def main(arguments=None):
         sys.exit(f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}): lower --micro-batch-size, then --max-length or --rank")
     except ValueError as error:                            # folora's own messages: one line each
         sys.exit(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError) as error:               # torch.save and safetensors have their own types for a full disk
+        where = Path(options.out or ".")
+        if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(where if where.exists() else ".").free > 2 ** 20:
             raise
-        sys.exit(f"the disk of {options.out} is full: free some space and run the same command again, it goes on from the last checkpoint")
+        sys.exit(f"the disk of {where} is full: free some space and run again with --out {where}, it goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 import eval as ev                                          # noqa: E402
 import folora                                              # noqa: E402
 import train_math                                          # noqa: E402
 
-CACHE = HERE.parent / "runs" / "experiments"
-PREPARING = ("rank", "tau", "calibration", "calibration_samples", "calibration_max_tokens", "task_samples", "max_samples", "seed", "dtype", "model")
+CACHE = ROOT / "runs" / "experiments"
+PREPARING = ("rank", "tau", "calibration", "calibration_samples", "calibration_max_tokens", "calibration_model", "task_samples",
+             "max_samples", "max_length", "data", "seed", "dtype", "model")
 
 
 # ---- changes to FoLoRA that no flag of train_math makes: (optimizer, model, sites) -> None ------------------------------------------
@@ -60,8 +62,9 @@ def gate_on_b(optimizer, model, sites):
     plain = optimizer.param_groups.pop()
     for site in sites:
         A_bar = torch.linalg.solve(site["V"].double(), site["A0"].double().mT).mT               # (r, d_in)
-        H, C_task = (A_bar * g @ A_bar.mT for g in (torch.ones(()), site["gamma"].double()))  # (r, r)
-        gamma, V = folora.generalized_eigenbasis(C_task, H, 1e-6 * H.diagonal().mean().item())
+        H, C_task = (A_bar * g @ A_bar.mT for g in (torch.ones(()), site["gamma"].double()))  # (r, r); then their scales, as A's
+        H, C_task = (C / H.diagonal().mean() for C in (H, C_task))
+        gamma, V = folora.generalized_eigenbasis(C_task, H, 1e-6)
         optimizer.add_param_group({"params": [model.get_submodule(name).lora_B for name in site["modules"]], "lr": plain["lr"],
                                    "basis": V.float(), "gate": folora.spectral_gate(gamma.float(), 1.0, 0.3)})
 
@@ -111,7 +114,7 @@ def run(suite, flags, change, seed):
         train_math.train(options, model, optimizer, examples, train_math.Probe(reference, texts), Path(out))
         losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     scores = ev.evaluate(folora.merge(model), tokenizer, tasks, reference, texts)
-    scores.update(ev.summarise(scores))
+    scores.update((name, score) for name, score in ev.summarise(scores).items() if name != "Avg1(%)")
     return {"flags": flags, "change": change, "seed": seed, "loss": round(sum(losses[-5:]) / 5, 4), "seconds": round(time.time() - start),
             "scores": {name: round(score, 5) for name, score in scores.items()}}
 
@@ -147,16 +150,16 @@ def run_all(name, suite, wanted, workers):
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
-# label: (flags, learning rate of A as a share of B's or None, four learning rates on tiny, four on SmolLM2)
+# label: (flags, four learning rates on tiny, four on SmolLM2)
 FRONTS = {
-    "LoRA": (["--method", "lora"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("3e-4", "1e-3", "2e-3", "4e-3")),
-    "MiLoRA": (["--method", "milora"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
-    "CorDA": (["--method", "corda"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
-    "OPLoRA": (["--method", "oplora"], None, ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("3e-4", "1e-3", "2e-3", "4e-3")),
-    "LoRA-Null": (["--method", "lora-null"], None, ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
-    "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2"], None, ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
-    "FoLoRA, paper": ([], None, ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "1e-3", "2e-3")),
-    "FoLoRA, tuned": (["--preset", "tuned"], 1 / 3, ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
+    "LoRA": (["--method", "lora"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "MiLoRA": (["--method", "milora"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "CorDA": (["--method", "corda"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "OPLoRA": (["--method", "oplora"], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "LoRA-Null": (["--method", "lora-null"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
+    "FoLoRA, paper": ([], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "1e-3", "2e-3")),
+    "FoLoRA, tuned": (["--preset", "tuned"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
 }
 # label: (flags beside the learning rate of the suite, change)
 ABLATIONS = {
@@ -186,8 +189,8 @@ TARGET = {"tiny": ("gsm8k", "accuracy on unseen word problems, %", 1), "smollm2"
 
 def front(label, suite):
     """[(learning rate, flags)] of a method's front."""
-    flags, share, *rates = FRONTS[label]
-    return [(lr, [*flags, "--lr", lr] + (["--lr-a", f"{share * float(lr):.3g}"] if share else [])) for lr in rates[suite == "smollm2"]]
+    flags, *rates = FRONTS[label]
+    return [(lr, [*flags, "--lr", lr]) for lr in rates[suite == "smollm2"]]
 
 
 def fronts(suite):
@@ -200,23 +203,30 @@ def fronts(suite):
 
 
 def ablations(suite):
-    lr = FRONTS["FoLoRA, paper"][2 + (suite == "smollm2")][1]
+    lr = FRONTS["FoLoRA, paper"][1 + (suite == "smollm2")][1]
     return {label: ([*flags, "--lr", lr], change) for label, (flags, change) in ABLATIONS.items()}
 
 
 def sources():
     """{label: flags}: FoLoRA with C_pre from each source, and from few tokens of its own."""
-    out, lr = {}, FRONTS["FoLoRA, paper"][2][1]
+    out, lr = {}, FRONTS["FoLoRA, paper"][1][1]
     for label, kinds in SOURCES.items():
-        file = CACHE / f"{hashlib.sha1(str(kinds).encode()).hexdigest()[:8]}.jsonl"
-        out[label] = ["--lr", lr] + (["--calibration", str(file.relative_to(HERE.parent))] if kinds else [])
-        if kinds and not file.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            documents = subprocess.run([sys.executable, str(HERE.parent / "tiny/make_tiny.py"), "--documents", "256", "--kinds", kinds], capture_output=True, text=True, check=True)
-            file.write_text(documents.stdout)
+        out[label] = ["--lr", lr] + (["--calibration", os.path.relpath(source_file(kinds), ROOT)] if kinds else [])
     for tokens, (texts, each) in BUDGETS.items():
         out[f"{tokens} tokens of its own"] = ["--lr", lr, "--calibration-samples", str(texts), "--calibration-max-tokens", str(each)]
     return out
+
+
+def source_file(kinds):
+    return CACHE / f"{kinds.replace(',', '-')}.jsonl"
+
+
+def write_sources():
+    """256 documents of tiny's pretraining distribution for each source that is not the model."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for kinds in filter(None, SOURCES.values()):
+        done = subprocess.run([sys.executable, str(ROOT / "tiny/make_tiny.py"), "--documents", "256", "--kinds", kinds], capture_output=True, text=True, check=True)
+        source_file(kinds).write_text(done.stdout)
 
 
 def main():
@@ -228,9 +238,11 @@ def main():
     parser.add_argument("--only", choices=("fronts", "ablations", "sources"), help="one part of the suite")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time (default: one a core, or one on a GPU)")
     options = parser.parse_args()
-    os.chdir(HERE.parent)
+    os.chdir(ROOT)
     suite, name = SUITE[options.suite].split(), options.suite
-    if name == "smollm2":
+    if name == "tiny":
+        write_sources()
+    else:
         suite += ["--model", options.model, "--data", options.data, "--tasks", "nll" + f"={options.test}" * bool(options.test) + ",drift"]
     wanted = {"fronts": lambda: fronts(name), "ablations": lambda: [(*run, seed) for seed in SEEDS for run in ablations(name).values()],
               "sources": lambda: [(flags, None, seed) for seed in SEEDS for flags in sources().values()] if name == "tiny" else []}
@@ -304,8 +316,10 @@ def print_fronts(suite, result):
             continue
         lr, best = max(line, key=lambda point: sign * point[1][metric][0])
         there = [at(ours[other][m], best[metric][0]) for other in ours for m in shown[1:]]
+        past = [all(sign * x > sign * best[metric][0] for x, _ in ours[other][m]) for other in ours for m in shown[1:]]
         print(f"| {label} | {lr} | " + " | ".join(with_spread(best[m], 3 if m in ("drift", "nll") else 1) for m in shown) + " | "
-              + " | ".join("not reached" if y is None else f"{y:.3f}" if y < 3 else f"{y:.1f}" for y in there) + " |")
+              + " | ".join(("better at every lr" if beyond else "not reached") if y is None else f"{y:.{3 if m == 'drift' else 1}f}"
+                           for y, beyond, m in zip(there, past, shown[1:] * len(ours))) + " |")
 
 
 def print_settings(suite, result, settings):
