@@ -707,7 +707,7 @@ def test_drift_is_the_kl_of_next_token_distributions(tiny):
         total, count = total + (p * (p / q).log()).sum().item(), count + len(p)
     assert ev.drift(other, model, texts) == pytest.approx(total / count, rel=1e-3) and total > 0
     assert train_math.Probe(model, texts)(other) == pytest.approx(total / count, rel=1e-3)
-    assert train_math.Probe(model, texts, positions=3).before.shape[0] == 3
+    assert len(train_math.Probe(model, texts, positions=3 * len(texts)).before) == 3 * len(texts)           # as many of each
 
 
 def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
