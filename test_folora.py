@@ -746,6 +746,7 @@ description: "Answer these questions:\\n\\n"
 doc_to_text: "Q: {{{{question}}}}?\\nA:"
 doc_to_target: "{{{{answer[0]}}}}"
 generation_kwargs: {{until: ["\\n", ".", ","], do_sample: false, max_gen_toks: 64}}
+filter_list: [{{name: remove_whitespace, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
 metric_list: [{{metric: exact_match, ignore_case: true, ignore_punctuation: true}}]
 """)
     monkeypatch.setattr(sys, "argv", ["eval.py", "tiny", "--tasks", "facts,sums", "--harness", f"{tmp_path}/tasks/world", "--limit", "8"])
@@ -1067,7 +1068,7 @@ def test_an_experiments_run_is_the_command_lines(method, trained, experiments):
     experiments.prepare(suite, [], 0)
     result = experiments.run(suite, ["--method", method], None, 0)
     scores = json.loads((trained(method)[0] / "summary.json").read_text())["scores"]["tuned"]
-    assert {name: result["scores"][name] for name in scores} == pytest.approx(scores, abs=1e-5)
+    assert result["scores"] == pytest.approx({name: scores[name] for name in scores if name != "Avg1(%)"}, abs=1e-5)
 
 
 def test_the_gate_after_adam_is_sadam_where_the_basis_is_the_identity(experiments, spectral):

@@ -362,6 +362,8 @@ def draw_sources(result):
     from matplotlib import pyplot
     settings = {label: points(result, flags) for label, flags in sources().items()}
     settings = {label: point for label, point in settings.items() if point}
+    if not settings:
+        return
     names = [m for m in result["untouched"] if ev.role(m) == "preserve"] + ["gsm8k"]
     figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
     for i, (label, point) in enumerate(settings.items()):
