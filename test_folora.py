@@ -156,11 +156,27 @@ def test_only_our_hooks_are_removed_also_when_the_forward_fails():
     model, calls = Block(), []
     model.q_proj.register_forward_pre_hook(lambda module, args: calls.append(1))
     model.train()
+    model.o_proj.eval()                                                                # a mode of its own, which must survive
     with pytest.raises(TypeError):
         folora.collect_covariances(model, [{"x": torch.randn(2, 3, 8)}, {"nonsense": 1}], BLOCK_TARGETS)
-    assert [len(m._forward_pre_hooks) for m in (model.q_proj, model.k_proj)] == [1, 0] and model.training
+    assert [len(m._forward_pre_hooks) for m in (model.q_proj, model.k_proj)] == [1, 0]
+    assert model.training and model.q_proj.training and not model.o_proj.training
     model(torch.randn(2, 3, 8))
     assert len(calls) == 2
+
+
+def test_a_mask_of_another_order_is_refused():
+    """Sequence first: as many entries as rows, but not the same ones."""
+    with pytest.raises(ValueError, match=r"received \(5, 2\) rows where attention_mask is \(2, 5\)"):
+        folora.collect_covariances(Block(), [{"x": torch.randn(5, 2, 8), "attention_mask": torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])}], BLOCK_TARGETS)
+
+
+def test_quantised_weights_are_refused():
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        model = Block()
+        model.q_proj.weight = nn.Parameter(torch.zeros(8, 8).to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match="q_proj is quantised"):
+            folora.find_targets(model, BLOCK_TARGETS)
 
 
 def test_targets_that_do_not_exist_are_named_with_what_does():
@@ -504,6 +520,11 @@ def test_plain_start_is_loras_and_given_factors_are_taken():
     assert torch.equal(zero.lora_A, A0)
     with pytest.raises(ValueError, match="rank must be between 1 and the input width 64, not 65"):
         folora.LoRALinear(base, 65)
+
+
+def test_a_scaling_of_zero_is_refused():
+    with pytest.raises(ValueError, match="alpha must be > 0"):
+        folora.LoRALinear(nn.Linear(6, 5), 2, alpha=0)
 
 
 def test_adapters_are_float32_on_a_bfloat16_base_and_merge_rounds_once():
