@@ -295,36 +295,38 @@ class SAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all parameters that have a gradient. Returns closure()'s loss, if a closure is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for group in self.param_groups:
             if group["basis"] is not None:                 # does nothing unless the model, or a loaded state, was elsewhere
                 group.update({key: group[key].to(group["params"][0].device) for key in ("basis", "gate")})
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group)
         return loss
 
-    def _update(self, p, group):
+    def _update(self, params, group):
+        """All parameters of a group at once: torch._foreach_* is one kernel launch for the list, and V is read once for q, k and v."""
         V, gate, (beta1, beta2) = group["basis"], group["gate"], group["betas"]
-        state = self.state[p]
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        t, m, sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
-        G_bar = p.grad if V is None else p.grad @ V                 # Eq. 18-19: Ḡ = G V, (r, d) @ (d, d)
-        m.mul_(beta1).add_(G_bar, alpha=1 - beta1)                  # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ, kept in V's coordinates
-        sq.mul_(beta2).addcmul_(G_bar, G_bar, value=1 - beta2)      #         v ← β₂ v + (1 - β₂) Ḡ²
-        m_hat = m / (1 - beta1 ** t)                                # Eq. 21: m̂ = m / (1 - β₁ᵗ)
-        root = sq.sqrt().div_(math.sqrt(1 - beta2 ** t))            #         √v̂ = √(v / (1 - β₂ᵗ))
-        delta = m_hat.div_(root.add_(group["eps"])).mul_(-group["lr"])                # -η m̂ / (√v̂ + ε), Adam's step
+        for p in params:
+            state = self.state[p] = self.state[p] or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state["step"] += 1
+        m, sq, t = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        G_bar = [p.grad for p in params]
+        if V is not None:
+            rows = [len(p) for p in params]
+            G_bar = (torch.cat(G_bar) @ V).split(rows)                        # Eq. 18-19: Ḡ = G V, (r of each, d) @ (d, d)
+        torch._foreach_lerp_(m, G_bar, 1 - beta1)                             # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ, kept in V's coordinates
+        torch._foreach_mul_(sq, beta2)                                        #         v ← β₂ v + (1 - β₂) Ḡ²
+        torch._foreach_addcmul_(sq, G_bar, G_bar, 1 - beta2)
+        m_hat = torch._foreach_div(m, [1 - beta1 ** k for k in t])            # Eq. 21: m̂ = m / (1 - β₁ᵗ)
+        root = torch._foreach_div(torch._foreach_sqrt(sq), [math.sqrt(1 - beta2 ** k) for k in t])            # √v̂ = √(v / (1 - β₂ᵗ))
+        delta = torch._foreach_div(m_hat, torch._foreach_add(root, group["eps"]))                             # m̂ / (√v̂ + ε), Adam's step
         if V is not None:
             # Eq. 23: ΔĀ = Adam's step · diag(s̃); Eq. 24: ΔA = ΔĀ Vᵀ. The gate scales the step and not the gradient: a factor of
             # the gradient that stays the same is divided out again by √v̂.
-            delta = (delta * gate) @ V.mT                           # (r, d) @ (d, d)
-        p.add_(delta)
+            delta = ((torch.cat(delta) * gate) @ V.mT).split(rows)            # (r of each, d) @ (d, d)
+        torch._foreach_add_(params, delta, alpha=-group["lr"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,8 +449,7 @@ class LoRALinear(nn.Module):
             A0, B0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5)), W0.new_zeros(d_out, rank)
         elif B0 is None:
             B0 = W0 @ A0.to(W0).mT / self.scaling                         # κ⁻¹ W0 U_perp: (d_out, d_in) @ (d_in, r)
-        self.lora_A = nn.Parameter(A0.to(W0).clone())
-        self.lora_B = nn.Parameter(B0.to(W0).clone())
+        self.lora_A, self.lora_B = (nn.Parameter(factor.to(W0).clone()) for factor in (A0, B0))
         if B0.any():                                                      # a new Parameter: the old one may be in use elsewhere
             W_res = W0 - self.scaling * self.lora_B.detach() @ self.lora_A.detach()
             base_layer.weight = nn.Parameter(W_res.to(base_layer.weight.dtype), requires_grad=False)
