@@ -125,16 +125,12 @@ class _Gram:
 
     def __init__(self, x):
         self.sum = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        self.tokens = 0
-        self.forget()
-
-    def forget(self):
-        self.last = (lambda: None, 0)                      # what a dead weak reference returns, and a version
+        self.tokens, self.last = 0, None
 
     def is_last(self, x):
         # An `id` may be reused once its tensor is gone, and a tensor may be overwritten in place between two layers that read
         # it: a weak reference catches the first, autograd's version counter the second.
-        return self.last[0]() is x and self.last[1] == x._version
+        return self.last is not None and self.last[0]() is x and self.last[1] == x._version
 
     def add(self, x, rows):
         rows = rows.float()                                # (tokens, d_in): bf16 sums would lose everything past 256 terms
@@ -186,7 +182,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 mask = batch.get("attention_mask")
                 mask = None if mask is None or mask.bool().all() else mask.bool()
                 for gram in grams.values():
-                    gram.forget()                          # this batch may be the very tensor of the last
+                    gram.last = None                       # this batch may be the very tensor of the last
                 model(**batch)
     finally:
         for handle in handles:
@@ -505,6 +501,12 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
     return sites
 
 
+def split_layers(names, passes):
+    """[names] in at most `passes` runs of neighbours, so that layers with the same input stay together, but for those at a cut."""
+    names, size = list(names), -(-len(names) // max(1, passes))
+    return [names[i:i + size] for i in range(0, len(names), size)]
+
+
 def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
     """Freeze the model, put an adapter on every module of `sites` (from decompose), and return the SAdam that trains them.
 
@@ -528,11 +530,12 @@ def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_sta
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0, s_min=0.3,
-            target_modules=TARGET_MODULES, lr_a=None, zero_start=False):
+            target_modules=TARGET_MODULES, lr_a=None, zero_start=False, passes=1):
     """FoLoRA in one call: adapt `model` in place, freeze the rest of it, and return the optimiser to train it with.
 
     pretrain_batches   batches (dicts, passed as model(**batch)) of text that must not move: see sample_calibration
-    task_batches       batches of the target task; 256 examples in the paper. Both are read once.
+    task_batches       batches of the target task; 256 examples in the paper
+    passes             read both that often (give lists), each time for a share of the layers: less memory for covariances
     lr, lr_a           learning rates of B and of A (None: the same)
     rank, alpha        of the adapters; κ = alpha / rank, None: 1
     tau                ridge τ, relative to the mean eigenvalue of C_pre
@@ -540,15 +543,18 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
 
-    Beside the model it holds both covariances and the bases, 12 Σ d_in² bytes over distinct inputs, and in the end the bases,
-    4 Σ d_in² (22 GB for LLaMA-2-7B).
+    Beside the model it holds the bases, 4 Σ d_in² bytes over distinct inputs (22 GB for LLaMA-2-7B), and while it runs both
+    covariances, 8 Σ d_in² / passes.
     """
-    find_targets(model, target_modules, rank)
+    targets = find_targets(model, target_modules, rank)
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):
         raise ValueError(f"tau, lr and lr_a must be >= 0 and alpha > 0, not tau = {tau}, lr = {lr}, lr_a = {lr_a}, alpha = {alpha}")
     spectral_gate(torch.ones(1), lam, s_min)               # raises if out of range
-    C_pre, C_task = (collect_covariances(model, batches, target_modules) for batches in (pretrain_batches, task_batches))
-    return attach(model, decompose(C_pre, C_task, rank, tau), lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
+    sites = []
+    for names in split_layers(targets, passes):
+        C_pre, C_task = (collect_covariances(model, batches, names) for batches in (pretrain_batches, task_batches))
+        sites += decompose(C_pre, C_task, rank, tau)
+    return attach(model, sites, lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
 
 
 def merge(model):

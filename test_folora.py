@@ -610,6 +610,18 @@ def test_prepare_is_its_parts_literally():
     torch.testing.assert_close(2.0 * model.first.lora_B.detach().double(), W0 @ A0.mT, rtol=1e-4, atol=1e-5)
 
 
+def test_several_passes_give_the_same_sites_with_fewer_covariances_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    batches, held, real = [[{"x": torch.randn(4, 7, 8)}] for _ in range(2)], [], folora.collect_covariances
+    monkeypatch.setattr(folora, "collect_covariances", lambda *args: held.append(real(*args)) or held[-1])
+    model, gates = Block(), []
+    for passes in (1, 3):
+        optimizer = folora.prepare(copy.deepcopy(model), *batches, lr=1e-3, rank=2, target_modules=BLOCK_TARGETS, passes=passes)
+        gates.append(torch.cat([g["gate"].repeat(len(g["params"])) for g in optimizer.param_groups[:-1]]))
+    torch.testing.assert_close(*gates)
+    assert [len(C) for C in held] == [6, 6] + [2] * 6
+
+
 def test_bases_are_solved_once_per_distinct_input():
     torch.manual_seed(0)
     model, batches = Block(), [{"x": torch.randn(4, 20, 8)}]

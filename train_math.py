@@ -133,6 +133,7 @@ OPTIONS = {
     "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
     "calibration_max_tokens": (512, 224, "paper", "tokens of a sampled sequence, at most (at least: 128)"),
     "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
+    "passes": (1, None, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
     "task_samples": (256, None, "paper", "training examples for C_task"),
     "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
     "eval_samples": (500, 200, "ours", "rows a task"),
@@ -144,7 +145,7 @@ OPTIONS = {
 }
 TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
 CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
-PLACES = {"out", "micro_batch_size"}                       # a resumed run may change these; another device has other singular vectors
+PLACES = {"out", "micro_batch_size", "passes"}                       # a resumed run may change these; another device has other singular vectors
 
 
 def parse_options(arguments=None):
@@ -170,7 +171,7 @@ def parse_options(arguments=None):
     for name in ("lr", "lr_a", "tau", "alpha"):
         if options[name] is not None and not options[name] >= 0 or name == "alpha" and options[name] == 0:
             parser.error(f"--{name.replace('_', '-')} must not be {options[name]}")
-    for name in ("rank", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
+    for name in ("rank", "passes", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
     return argparse.Namespace(**options)
@@ -222,44 +223,41 @@ def stage(seconds, name):
     seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
 
 
-def calibration_texts(options, model, tokenizer, device, dtype):
-    """The token sequences behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
+def calibration_texts(options, model, tokenizer):
+    """The token lists behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
     if options.calibration != "self":
         rows = ev.read_rows(options.calibration, limit=options.calibration_samples)
         texts = [ev.field(row, ("text", "question"), options.calibration, n) for n, row in enumerate(rows, 1)]
-        return [torch.tensor(tokenizer(text)["input_ids"][:options.calibration_max_tokens]) for text in texts]
+        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in texts]
     if options.calibration_model:
-        model, theirs = ev.load_model(options.calibration_model, device, dtype)
+        model, theirs = ev.load_model(options.calibration_model, model.device, model.dtype)
         if theirs.get_vocab() != tokenizer.get_vocab():
             sys.exit(f"--calibration-model {options.calibration_model} has another tokenizer than {options.model}: its text would not be the model's")
     longest = options.calibration_max_tokens
     bar = tqdm(total=options.calibration_samples, desc="calibration text", unit="text")
-    return folora.sample_calibration(model, tokenizer, options.calibration_samples, min(128, longest), longest, seed=options.seed, progress=bar.update)
+    texts = folora.sample_calibration(model, tokenizer, options.calibration_samples, min(128, longest), longest, seed=options.seed, progress=bar.update)
+    return [text.tolist() for text in texts]
 
 
-def covariances(options, model, sequences, name):
+def covariances(options, model, sequences, name, targets=folora.TARGET_MODULES):
     """Covariances over `sequences` (token lists), with a bar; for C_pre and C_task alike."""
     batches = ev.by_length(sequences, options.micro_batch_size)
     inputs = (ev.collate(batch, model.device) for batch in tqdm(batches, desc=name))
     return folora.collect_covariances(
-        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs))
+        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs), targets)
 
 
-def calibrate(options, model, tokenizer, dtype, seconds):
-    """C_pre: calibration text, and its covariances."""
-    with stage(seconds, "calibration text"):
-        texts = [t.tolist() for t in calibration_texts(options, model, tokenizer, model.device, dtype)]
-    with stage(seconds, "covariances"):
-        return covariances(options, model, texts, "C_pre")
-
-
-def solve(options, model, C_pre, examples, seconds):
-    """FoLoRA's sites: C_task, and all eigenproblems."""
-    with stage(seconds, "covariances"):
-        C_task = covariances(options, model, [e["ids"] for e in examples[:options.task_samples]], "C_task")
-    with stage(seconds, "eigenproblems"):
-        bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-        return folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
+def solve(options, model, texts, examples, seconds):
+    """FoLoRA's sites: both covariances and the eigenproblems, for a share of the layers in each of --passes."""
+    sites = []
+    for names in folora.split_layers(folora.find_targets(model), options.passes):
+        with stage(seconds, "covariances"):
+            C_pre = covariances(options, model, texts, "C_pre", names)
+            C_task = covariances(options, model, [e["ids"] for e in examples[:options.task_samples]], "C_task", names)
+        with stage(seconds, "eigenproblems"):
+            bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
+            sites += folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
+    return sites
 
 
 def add_adapters(options, model, sites=None, C_pre=None, targets=folora.TARGET_MODULES):
@@ -397,10 +395,10 @@ def run(options):
     else:
         with stage(seconds, "score untouched"):
             before = ev.evaluate(model, tokenizer, tasks)
-        C_pre = calibrate(options, model, tokenizer, model.dtype, seconds) if needs else None
-        sites = solve(options, model, C_pre, examples, seconds) if needs == "sites" else None
-        state = {"before": before, "sites": sites, "C_pre": C_pre if needs == "C_pre" else None}
-        del C_pre
+        with stage(seconds, "calibration text"):
+            calibration = calibration_texts(options, model, tokenizer) if needs else None
+        state = {"before": before, "sites": solve(options, model, calibration, examples, seconds) if needs == "sites" else None,
+                 "C_pre": covariances(options, model, calibration, "C_pre") if needs == "C_pre" else None}
         save(state, prepared)
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)

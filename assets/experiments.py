@@ -91,8 +91,9 @@ def prepare(suite, flags, seed):
     """C_pre and FoLoRA's sites of one preparation, on disk."""
     options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
     model, tokenizer, examples, _, _ = loaded(suite)
-    C_pre = train_math.calibrate(options, model, tokenizer, model.dtype, {})
-    train_math.save({"C_pre": C_pre, "sites": train_math.solve(options, model, C_pre, examples, {})}, prepared_path(options))
+    texts = train_math.calibration_texts(options, model, tokenizer)
+    sites = train_math.solve(options, model, texts, examples, {})
+    train_math.save({"C_pre": train_math.covariances(options, model, texts, "C_pre"), "sites": sites}, prepared_path(options))
 
 
 def untouched(suite):
