@@ -106,6 +106,8 @@ def read_rows(source, config=None, split="train", limit=None):
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 sys.exit(f"{source}, line {number}: not JSON ({error})")
+            if rows and not isinstance(rows[-1], dict):
+                sys.exit(f"{source}, line {number}: not an object with fields, {{...}}, but {type(rows[-1]).__name__}")
     else:
         import datasets
         try:

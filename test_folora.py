@@ -1055,6 +1055,14 @@ def test_a_bad_line_of_data_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "q"}\n')
     with pytest.raises(SystemExit, match="a.jsonl, line 2: no field called answer"):
         train_math.main([*FAST, "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")])
+    (tmp_path / "list.jsonl").write_text('{"question": "q", "answer": "a"}\n[1, 2]\n')
+    with pytest.raises(SystemExit, match="list.jsonl, line 2: not an object with fields"):
+        train_math.main([*FAST, "--data", str(tmp_path / "list.jsonl"), "--out", str(tmp_path / "run")])
+    for row, message in (('{"a": 1}', "line 1: no field called text or question"), ('{"text": 5}', "every row needs a text, not a int")):
+        (tmp_path / "text.jsonl").write_text(row + "\n")
+        with pytest.raises(SystemExit, match=message):
+            train_math.main([*FAST, "--calibration", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "run")])
+        assert not (tmp_path / "run").exists()
     (tmp_path / "b.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question"\n')
     with pytest.raises(SystemExit, match="b.jsonl, line 2: not JSON"):
         train_math.main([*FAST, "--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "run")])

@@ -223,12 +223,19 @@ def stage(seconds, name):
     seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
 
 
+def given_texts(options):
+    """The texts of a --calibration that is not self."""
+    rows = ev.read_rows(options.calibration, limit=options.calibration_samples)
+    texts = [ev.field(row, ("text", "question"), options.calibration, n) for n, row in enumerate(rows, 1)]
+    if not all(isinstance(text, str) for text in texts):
+        sys.exit(f"{options.calibration}: every row needs a text, not a {next(type(t).__name__ for t in texts if not isinstance(t, str))}")
+    return texts
+
+
 def calibration_texts(options, model, tokenizer):
     """The token lists behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
     if options.calibration != "self":
-        rows = ev.read_rows(options.calibration, limit=options.calibration_samples)
-        texts = [ev.field(row, ("text", "question"), options.calibration, n) for n, row in enumerate(rows, 1)]
-        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in texts]
+        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in given_texts(options)]
     if options.calibration_model:
         model, theirs = ev.load_model(options.calibration_model, model.device, model.dtype)
         if theirs.get_vocab() != tokenizer.get_vocab():
@@ -374,6 +381,8 @@ def load(options):
     ev.resolve_model(options.model)                        # what needs no download is looked at first
     folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
+    if options.calibration != "self":
+        given_texts(options)
     pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
     model, tokenizer = ev.load_model(options.model, device, dtype)
     sides = [min(m.weight.shape) for m in folora.find_targets(model, rank=options.rank).values()]
