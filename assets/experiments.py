@@ -307,7 +307,7 @@ def print_fronts(suite, result):
     metric, meaning, sign = TARGET[suite]
     shown = [m for m in (metric, "drift", "Avg1") if m in result["untouched"]]
     lines = {label: line_of(result, label, suite) for label in FRONTS}
-    ours = {label: {m: [(p[metric][0], p[m][0]) for _, p in lines[label]] for m in shown[1:]} for label in FRONTS if label.startswith("FoLoRA")}
+    ours = {label: {m: [(p[metric][0], p[m][0]) for _, p in lines[label]] for m in shown[1:]} for label in FRONTS if label.startswith("FoLoRA") and lines[label]}
     print(f"\n{suite}: {meaning}; KL (drift), nat/token; mean ± standard deviation of the seeds, where there are several\n")
     print("| method | best lr | " + " | ".join(shown) + " | " + " | ".join(f"{label}, there: {m}" for label in ours for m in shown[1:]) + " |")
     print("|---" * (2 + len(shown) + len(ours) * (len(shown) - 1)) + "|")
@@ -326,11 +326,13 @@ def print_fronts(suite, result):
 def print_settings(suite, result, settings):
     """One row a setting: [target score, KL, what was kept]."""
     shown = [m for m in result["untouched"] if m in ("drift", "Avg1", TARGET[suite][0]) or ev.role(m) == "preserve"]
+    settings = {label: run for label, run in settings.items() if points(result, *run)}
+    if not settings:
+        return
     print("\n| | seeds | " + " | ".join(shown) + " |\n" + "|---" * (2 + len(shown)) + "|")
     for label, (flags, change) in settings.items():
         point = points(result, flags, change)
-        if point:
-            print(f"| {label} | {point['drift'][2]} | " + " | ".join(with_spread(point[m], 4 if m in ("drift", "nll") else 1) for m in shown) + " |")
+        print(f"| {label} | {point['drift'][2]} | " + " | ".join(with_spread(point[m], 4 if m in ("drift", "nll") else 1) for m in shown) + " |")
 
 
 def draw_tradeoff(results):
