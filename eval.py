@@ -64,6 +64,8 @@ def resolve_model(name):
             sys.exit(f"{name}: neither a checkpoint nor a finished run (its training was interrupted: run the same command again)")
         return str(path), None
     if "/" in name:
+        if name.count("/") > 1 or name.startswith(("/", ".", "~", "runs/")):
+            sys.exit(f"{name}: no such directory")
         return name, None
     hub = next((hub for prefix, hub in HUB if name.startswith(prefix)), None)
     if hub is None:

@@ -1030,6 +1030,7 @@ def test_schedule_and_order_of_the_data():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "nowhere"], "nowhere: no such directory, and no short name"),
+    (["--model", "runs/nowhere"], "runs/nowhere: no such directory"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--rank", "193"], "rank must be between 1 and the input width of model.layers.0.self_attn.q_proj, 192, not 193"),
     (["--device", "cuda"], "no CUDA GPU"),
