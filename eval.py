@@ -18,6 +18,7 @@ Below them: Avg1, the mean preservation score; Avg1(%), relative to the first co
 This file also holds what train_math.py shares with it: models, data, prompts, the loss at labelled positions.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -447,6 +448,10 @@ def main():
         return experiments.report()
     if not options.models:
         parser.error("which MODEL? (or --report)")
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit must be at least 1, not {options.limit}")
+    if options.harness and importlib.util.find_spec("lm_eval") is None:
+        sys.exit("--harness runs lm-eval: pip install lm-eval==0.4.13")
     device, dtype = pick_device(options.device, options.dtype)
     bases = [resolve_model(name)[1] for name in options.models]
     tasks = load_tasks(options.tasks if options.tasks is not None else default_tasks(bases[0] or options.models[0]), options.limit)

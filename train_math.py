@@ -171,7 +171,7 @@ def parse_options(arguments=None):
     for name in ("lr", "lr_a", "tau", "alpha"):
         if options[name] is not None and not options[name] >= 0 or name == "alpha" and options[name] == 0:
             parser.error(f"--{name.replace('_', '-')} must not be {options[name]}")
-    for name in ("rank", "passes", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every"):
+    for name in ("rank", "passes", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every", "eval_samples", "max_samples"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
     return argparse.Namespace(**options)
@@ -441,6 +441,8 @@ def main(arguments=None):
         sys.exit(str(error))
     except (OSError, RuntimeError) as error:               # torch.save and safetensors have their own types for a full disk
         where = Path(options.out or ".")
+        if "the screen rejects" in str(error):             # sample_calibration gave up
+            sys.exit(str(error))
         if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(where if where.exists() else ".").free > 2 ** 20:
             raise
         sys.exit(f"the disk of {where} is full: free some space and run again with --out {where}, it goes on from the last checkpoint")
