@@ -55,29 +55,41 @@ SUMMARY = ("Avg1", "Avg1(%)", "Avg2", "GM")
 
 # ---- models and data ------------------------------------------------------------------------------------------------
 
+def is_tiny(name):
+    return name == "tiny" or Path(name).resolve() == TINY
+
+
+def run_options(name):
+    """The options that a finished run was made with; {} if `name` is not one's directory."""
+    finished = (Path(name) / "summary.json").exists()
+    return json.loads((Path(name) / "config.json").read_text())["options"] if finished else {}
+
+
 def resolve_model(name):
-    """(where the weights are, the model that it was tuned from or None): run directory, directory, "tiny", short name or hub id."""
+    """Where the weights of a run directory, a directory, "tiny", a short name or a hub id are."""
     path = TINY if name == "tiny" else Path(name)
-    if (path / "summary.json").exists():
-        return str(path / "merged"), json.loads((path / "config.json").read_text())["options"]["model"]
+    if run_options(name):
+        return str(path / "merged")
     if path.is_dir():
         if not (path / "config.json").exists() or (path / "prepared.pt").exists():
             sys.exit(f"{name}: neither a checkpoint nor a finished run (its training was interrupted: run the same command again)")
-        return str(path), None
+        return str(path)
     if "/" in name:
         if name.count("/") > 1 or name.startswith(("/", ".", "~", "runs/")):
             sys.exit(f"{name}: no such directory")
-        return name, None
+        return name
     hub = next((hub for prefix, hub in HUB if name.startswith(prefix)), None)
     if hub is None:
         sys.exit(f"{name}: no such directory, and no short name (Qwen..., Llama-..., SmolLM...): give a directory or a full hub id, owner/name")
-    return (hub + name if hub.endswith("/") else hub), None
+    return hub + name if hub.endswith("/") else hub
 
 
 def pick_device(device, dtype):
     """torch device and dtype from their options, "auto" meaning: a GPU in bfloat16 if there is one, else the CPU in float32."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("--device cuda: this torch sees no CUDA GPU (torch.cuda.is_available() is False); use --device cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        sys.exit(f"--device {device}: it is cpu, cuda, cuda:1 (and so on) or auto")
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        sys.exit(f"--device {device}: this torch sees {torch.cuda.device_count() or 'no'} CUDA GPU (torch.cuda.device_count()); use --device cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return torch.device(device), DTYPES[("bfloat16" if device != "cpu" else "float32") if dtype == "auto" else dtype]
 
@@ -85,7 +97,7 @@ def pick_device(device, dtype):
 def load_model(name, device, dtype):
     """(model, tokenizer), ready for inference; one clear line if it cannot be had."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    where, _ = resolve_model(name)
+    where = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).to(device).eval()
@@ -324,19 +336,20 @@ SCORERS = {"gsm8k": score_math, "math": score_math, "webqs": score_webqs}       
 
 def load_tasks(names, limit=None):
     """{task: (rows, source)} of "gsm8k,nq_open=dev.jsonl,drift", all read now: a missing file should not show after an hour."""
-    tasks = {}
-    for item in filter(None, names.split(",")):
-        name, _, path = item.partition("=")
+    paths = dict(item.partition("=")[::2] for item in filter(None, names.split(",")))
+    for name in paths:
         if name not in TASKS:
             sys.exit(f"unknown task {name}: there are {', '.join(TASKS)}")
-        _, source, config, split = TASKS[name]
-        source = path or source
-        tasks[name] = (read_rows(source, config, split, limit) if source else None, source)
-    if "math" in tasks:
+    if "math" in paths:
         try:
             import lm_eval.tasks.hendrycks_math.utils                     # noqa: F401
         except ImportError:
             sys.exit("the task math uses lm-eval's test of equivalence: pip install lm-eval==0.4.13")
+    tasks = {}
+    for name, path in paths.items():
+        _, source, config, split = TASKS[name]
+        source = path or source
+        tasks[name] = (read_rows(source, config, split, limit) if source else None, source)
     return tasks
 
 
@@ -397,14 +410,15 @@ def role(row):
 
 
 def summarise(scores, first=None):
-    """Avg1, Avg1(%), Avg2 and GM of one column; `first` is the untouched model's column."""
+    """Avg1, Avg2 and GM of one column; Avg1(%) too, if `first`, the untouched model's column, has something to lose."""
     mean = lambda wanted, s: [s[t] for t in s if role(t) == wanted]
     keep, target = mean("preserve", scores), mean("target", scores)
     rows = {}
     if keep:
         rows["Avg1"] = sum(keep) / len(keep)
-        base = mean("preserve", first or scores)
-        rows["Avg1(%)"] = 100 * rows["Avg1"] / (sum(base) / len(base)) if sum(base) else math.nan
+        base = mean("preserve", first or {})
+        if sum(base):
+            rows["Avg1(%)"] = 100 * rows["Avg1"] / (sum(base) / len(base))
     if target:
         rows["Avg2"] = sum(target) / len(target)
     if keep and target:
@@ -414,7 +428,7 @@ def summarise(scores, first=None):
 
 def table(columns):
     """{column: scores} as aligned text, the summary rows below a line."""
-    first = next(iter(columns.values()))
+    first = next(iter(columns.values())) if len(columns) > 1 else None               # a lone column has nothing to be compared with
     full = {name: {**scores, **summarise(scores, first)} for name, scores in columns.items()}
     names = list(full)
     units = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
@@ -439,8 +453,8 @@ def main():
     parser.add_argument("--report", action="store_true", help="no model: the tables and figures of the measurements in assets/")
     parser.add_argument("--limit", type=int, help="the first N rows of each task (default: all)")
     parser.add_argument("--reference", help="the untouched model for drift (default: the one that this or another run directory names, else the first MODEL)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of the held-out text for drift (default: 256)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--max-new-tokens", type=int, help="length of the held-out text for drift (default: as the first run directory had it, else 256)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: as the first run directory had it, else auto: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", default="auto", help="default: cuda if there is one, else cpu")
     options = parser.parse_args()
     if options.report:
@@ -450,10 +464,16 @@ def main():
         parser.error("which MODEL? (or --report)")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit must be at least 1, not {options.limit}")
+    if options.tasks == "" and not options.harness:
+        parser.error("nothing to score: --tasks is empty, and no --harness is given")
     if options.harness and importlib.util.find_spec("lm_eval") is None:
         sys.exit("--harness runs lm-eval: pip install lm-eval==0.4.13")
-    device, dtype = pick_device(options.device, options.dtype)
-    bases = [resolve_model(name)[1] for name in options.models]
+    for name in options.models:
+        resolve_model(name)                                # a name that is wrong should not show after the first model's hour
+    runs = [run_options(name) for name in options.models]
+    first, bases = next(filter(None, runs), {}), [run.get("model") for run in runs]      # a run is scored as it scored itself
+    device, dtype = pick_device(options.device, options.dtype or first.get("dtype", "auto"))
+    length = options.max_new_tokens or min(256, first.get("calibration_max_tokens", 256))
     tasks = load_tasks(options.tasks if options.tasks is not None else default_tasks(bases[0] or options.models[0]), options.limit)
     columns, reference, texts, loaded = {}, None, None, None
     for name, base in zip(options.models, bases):
@@ -461,7 +481,7 @@ def main():
         source = options.reference or base or next(filter(None, bases), options.models[0])
         if "drift" in tasks and source != loaded:
             reference, _ = load_model(source, device, dtype)
-            texts, loaded = held_out(reference, tokenizer, options.max_new_tokens), source
+            texts, loaded = held_out(reference, tokenizer, length), source
         columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
         if options.harness:
             columns[name.rstrip("/")].update(harness(model, tokenizer, options.harness, options.limit))
@@ -470,7 +490,7 @@ def main():
 
 def default_tasks(model):
     """What is scored if --tasks says nothing."""
-    return f"gsm8k={TINY / 'test.jsonl'},facts,sort,reverse,sums,drift" if model == "tiny" else "gsm8k,nq_open,webqs,triviaqa,drift"
+    return f"gsm8k={TINY / 'test.jsonl'},facts,sort,reverse,sums,drift" if is_tiny(model) else "gsm8k,nq_open,webqs,triviaqa,drift"
 
 
 if __name__ == "__main__":

@@ -557,7 +557,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     sites = []
     for names in split_layers(targets, passes):
         C_pre, C_task = (collect_covariances(model, batches, names) for batches in (pretrain_batches, task_batches))
-        sites += decompose(C_pre, C_task, rank, tau)
+        sites += decompose({name: C_pre[name] for name in names}, C_task, rank, tau)        # "f" may have matched "sub.f" as well
     return attach(model, sites, lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
 
 

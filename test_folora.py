@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -620,6 +621,11 @@ def test_several_passes_give_the_same_sites_with_fewer_covariances_at_a_time(mon
         gates.append(torch.cat([g["gate"].repeat(len(g["params"])) for g in optimizer.param_groups[:-1]]))
     torch.testing.assert_close(*gates)
     assert [len(C) for C in held] == [6, 6] + [2] * 6
+    nested = nn.Sequential()                               # "f" also matches "sub.f", whose turn is in the second pass
+    nested.f, nested.sub = nn.Linear(8, 8), nn.Sequential()
+    nested.sub.f = nn.Linear(8, 8)
+    folora.prepare(nested, [{"input": batches[0][0]["x"]}], [{"input": batches[1][0]["x"]}], lr=1e-3, rank=2, target_modules=("f",), passes=2)
+    assert isinstance(nested.f.base_layer, nn.Linear) and isinstance(nested.sub.f.base_layer, nn.Linear)
 
 
 def test_bases_are_solved_once_per_distinct_input():
@@ -763,6 +769,7 @@ def test_summary_rows():
     before, after = {"gsm8k": 10.0, "nq_open": 20.0, "webqs": 30.0, "drift": 0.0}, {"gsm8k": 40.0, "nq_open": 15.0, "webqs": 25.0, "drift": 0.1}
     assert ev.summarise(after, before) == {"Avg1": 20.0, "Avg1(%)": 80.0, "Avg2": 40.0, "GM": pytest.approx(math.sqrt(800))}
     assert "drift" in ev.table({"untouched": before, "folora": after}) and "Avg1(%)" in ev.table({"untouched": before, "folora": after})
+    assert "Avg1(%)" not in ev.table({"folora": after}) and "Avg1(%)" not in ev.summarise(after, {**before, "nq_open": 0.0, "webqs": 0.0})
 
 
 def test_the_harness_scores_a_local_task_into_the_same_table(tmp_path, capsys, monkeypatch):
@@ -970,11 +977,11 @@ def test_what_moves_a_can_be_chosen():
 def test_eval_reads_a_run(trained):
     out, _ = trained("folora")
     scores = json.loads((out / "summary.json").read_text())["scores"]
-    done = script("eval.py", str(out), "tiny", "--tasks", f"nll={ev.TINY / 'test.jsonl'},facts,drift", "--limit", "4", "--max-new-tokens", "130")
+    done = script("eval.py", str(out), "tiny", "--tasks", f"nll={ev.TINY / 'test.jsonl'},facts,drift", "--limit", "4")
     assert done.returncode == 0, done.stderr
     row = {line.split()[0]: line.split()[-2:] for line in done.stdout.splitlines() if line.split()[0] in ("nll", "drift")}
     assert float(row["nll"][0]) == pytest.approx(scores["tuned"]["nll"], abs=2e-3) and float(row["nll"][1]) == pytest.approx(scores["untouched"]["nll"], abs=2e-3)
-    assert float(row["drift"][0]) == pytest.approx(scores["tuned"]["drift"], abs=2e-3) and float(row["drift"][1]) == 0
+    assert float(row["drift"][0]) == pytest.approx(scores["tuned"]["drift"], abs=1e-4) and float(row["drift"][1]) == 0
 
 
 @pytest.mark.parametrize("method", ["folora", "lora", "lora-null-v2", "oplora"])
@@ -990,7 +997,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(method, trained, tmp_pat
         return real(*args)
 
     monkeypatch.setattr(train_math, "train_step", fails_in_step_4)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=f"interrupted: the same command with --out {tmp_path}/cut goes on"):
         train_math.main(arguments)
     monkeypatch.setattr(train_math, "train_step", real)
     assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == 3
@@ -1034,22 +1041,35 @@ def test_schedule_and_order_of_the_data():
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--rank", "193"], "rank must be between 1 and the input width of model.layers.0.self_attn.q_proj, 192, not 193"),
     (["--device", "cuda"], "no CUDA GPU"),
+    (["--device", "banana"], "--device banana: it is cpu, cuda"),
+    (["--tasks", "math"], "pip install lm-eval"),
+    (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
+    (["--warmup", "2"], "--warmup is a share of the steps"),
     (["--tasks", "facts,trivia"], "unknown task trivia"),
     (["--lam", "0"], "lam must be > 0"),
-    (["--alpha", "0"], "--alpha must not be 0.0"),
-    (["--lr", "-1"], "--lr must not be -1.0"),
-    (["--update-a", "gated", "--method", "lora"], "--update-a gated needs --method folora"),
+    (["--alpha", "0"], "--alpha must be above 0, not 0.0"),
+    (["--lr", "-1"], "--lr must be at least 0, not -1.0"),
+    (["--update-a", "gated", "--method", "lora"], "--preset tuned are FoLoRA's, not --method lora's"),
+    (["--preset", "tuned", "--method", "lora"], "--preset tuned are FoLoRA's, not --method lora's"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--max-length", "20"], "raise it"),
 ])
 def test_bad_input_gets_one_line_before_any_work(arguments, message, tmp_path, capsys):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+    if "cuda" in arguments and torch.cuda.is_available() or "math" in arguments and importlib.util.find_spec("lm_eval"):
+        pytest.skip("it is there")
     with pytest.raises(SystemExit) as stopped:
         train_math.main([*FAST, "--out", str(tmp_path / "run"), *arguments])
     text = str(stopped.value.code) if isinstance(stopped.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
     assert message in text and "\n" not in text
     assert not (tmp_path / "run").exists()
+
+
+def test_an_out_that_is_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(SystemExit, match="holds something else"):
+        train_math.main([*FAST, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="cannot be made: Not a directory"):
+        train_math.main([*FAST, "--out", str(tmp_path / "config.json" / "run")])
 
 
 def test_a_bad_line_of_data_is_named(tmp_path):
@@ -1079,12 +1099,13 @@ def test_out_of_memory_and_disk_say_what_to_lower(tmp_path, monkeypatch):
 
 
 def test_short_names_and_defaults():
-    assert ev.resolve_model("Qwen2.5-1.5B")[0] == "Qwen/Qwen2.5-1.5B" and ev.resolve_model("Llama-2-7b")[0] == "meta-llama/Llama-2-7b-hf"
-    assert ev.resolve_model("SmolLM2-135M")[0] == "HuggingFaceTB/SmolLM2-135M" and ev.resolve_model("owner/name")[0] == "owner/name"
+    assert ev.resolve_model("Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B" and ev.resolve_model("Llama-2-7b") == "meta-llama/Llama-2-7b-hf"
+    assert ev.resolve_model("SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M" and ev.resolve_model("owner/name") == "owner/name"
     paper = train_math.parse_options(["--model", "Qwen2.5-1.5B"])
     assert (paper.rank, paper.lam, paper.s_min, paper.batch_size, paper.max_length, paper.calibration_samples, paper.task_samples, paper.warmup) == (128, 1.0, 0.3, 128, 512, 2000, 256, 0.03)
     tuned = train_math.parse_options(["--preset", "tuned", "--lam", "2"])
     assert tuned.s_min == 0 and tuned.lam == 2 and tuned.zero_start == 1 and tuned.rank == 32
+    assert train_math.parse_options(["--model", str(ev.TINY)]).rank == 32 and "facts" in ev.default_tasks(str(ev.TINY))
 
 
 def test_help_says_whose_each_default_is():

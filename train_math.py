@@ -1,6 +1,6 @@
 """Fine-tune a language model on maths with FoLoRA, and show what it learned and what it kept.
 
-    python train_math.py                                   # the embedded model, on CPU: about two minutes
+    python train_math.py                                   # the embedded model, on CPU: under three minutes
     python train_math.py --method lora                     # the same with plain LoRA
     python train_math.py --model Qwen2.5-1.5B              # GSM8K from the hub, on a CUDA GPU
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,nq_open=NQ.jsonl,drift      # everything local
@@ -11,8 +11,8 @@ run was last saved, and ends with the same numbers. A line of metrics.jsonl:
 
     step             optimiser steps done             loss        mean NLL of the batch's response tokens before the step, nat
     lr               of B, at that step               grad_norm   of all gradients together, before clipping at 1
-    tokens_per_s     tokens trained on (no padding)   drift       KL(untouched || now), nat per token, on 256 positions of
-                                                                  held-out self-generated text; every --log-every steps, else null
+    tokens_per_s     tokens trained on (no padding)   drift       KL(untouched || now), nat per token, at 256 positions spread
+                                                                  over the held-out text; every --log-every steps, else null
 """
 import argparse
 import errno
@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -35,6 +34,11 @@ from tqdm import tqdm
 
 import eval as ev
 import folora
+
+try:
+    import resource
+except ImportError:                                        # Windows has none: no peak memory on a CPU there
+    resource = None
 
 
 # ---- the baselines of the paper: starts A0 (r, d_in), B0 (d_out, r) from W (d_out, d_in) and C_pre (d_in, d_in), κ = alpha / r ----------
@@ -158,7 +162,7 @@ def parse_options(arguments=None):
         parser.add_argument("--" + name.replace("_", "-"), type=kind, choices=CHOICES.get(name), help=f"{text} [{'; '.join(notes)}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     options = {name: default for name, (default, *_) in OPTIONS.items()}
-    if given.get("model", "tiny") == "tiny":
+    if ev.is_tiny(given.get("model", "tiny")):
         options.update({name: tiny for name, (_, tiny, *_) in OPTIONS.items() if tiny is not None}, data=str(ev.TINY / "train.jsonl"))
     if given.get("preset") == "tuned":
         options.update(TUNED)
@@ -166,15 +170,21 @@ def parse_options(arguments=None):
     if given.get("preset") == "tuned" and "lr" in given and "lr_a" not in given:
         options["lr_a"] = given["lr"] * TUNED["lr_a"] / TUNED["lr"]                       # the preset is a ratio of the two
     options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
-    if options["update_a"] == "gated" and options["method"] != "folora":
-        parser.error("--update-a gated needs --method folora's bases")
-    for name in ("lr", "lr_a", "tau", "alpha"):
-        if options[name] is not None and not options[name] >= 0 or name == "alpha" and options[name] == 0:
-            parser.error(f"--{name.replace('_', '-')} must not be {options[name]}")
-    for name in ("rank", "passes", "batch_size", "micro_batch_size", "calibration_samples", "calibration_max_tokens", "task_samples", "epochs", "log_every", "eval_samples", "max_samples"):
-        if options[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {options[name]}")
+    if options["method"] != "folora" and (options["update_a"] == "gated" or options["preset"] != "paper"):
+        parser.error(f"--update-a gated and --preset tuned are FoLoRA's, not --method {options['method']}'s")
+    check_ranges(parser, options)
     return argparse.Namespace(**options)
+
+
+def check_ranges(parser, options):
+    """One line for the first number that is out of range."""
+    least = {**dict.fromkeys(("lr", "lr_a", "tau"), 0), "alpha": math.ulp(0), "warmup": 0}
+    least.update((name, 1) for name, value in options.items() if isinstance(value, int) and name not in (*least, "zero_start", "seed"))
+    for name, low in least.items():
+        if options[name] is not None and not options[name] >= low:
+            parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
+    if options["warmup"] > 1:
+        parser.error(f"--warmup is a share of the steps, from 0 to 1, not {options['warmup']}")
 
 
 # ---- the run's directory --------------------------------------------------------------------------------------------
@@ -188,11 +198,16 @@ def open_run(options):
     if (out / "summary.json").exists():
         sys.exit(f"{out} holds a finished run: give another --out, or delete it")
     if config.exists():
-        theirs = json.loads(config.read_text())["options"]
+        theirs = json.loads(config.read_text()).get("options")
+        if theirs is None:
+            sys.exit(f"{out} holds something else (a config.json that is no run's): give another --out")
         differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in mine if k not in PLACES and mine[k] != theirs.get(k)]
         if differ:
             sys.exit(f"{out} holds an unfinished run with {', '.join(differ)}: give the same options to go on with it, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        sys.exit(f"--out {out} cannot be made: {error.strerror}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     config.write_text(json.dumps({"options": mine, "versions": versions}, indent=1))
     return out
@@ -318,13 +333,14 @@ def train_step(model, optimizer, batch, micro_batch_size):
 
 
 class Probe:
-    """Drift while training: the untouched model's log-probabilities at 256 positions of held-out text, kept, and KL against them."""
+    """Drift while training: the untouched model's log-probabilities at some positions of each held-out text, kept, and KL against them."""
 
     @torch.inference_mode()
     def __init__(self, model, texts, positions=256):
-        self.batch = ev.collate([t.tolist() for t in texts[:4]], model.device)
-        self.batch["labels"][:, 0] = -100                  # nothing predicts BOS
-        self.batch["labels"][:, 1 + positions // len(self.batch["labels"]):] = -100
+        self.batch = ev.collate([t.tolist() for t in texts], model.device)
+        for labels, text in zip(self.batch["labels"], texts):
+            kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # from 1: nothing predicts BOS
+            labels[~torch.isin(torch.arange(len(labels)), kept).to(labels.device)] = -100
         self.before = ev.label_logits(model, self.batch)[0].log_softmax(-1)
 
     @torch.inference_mode()
@@ -401,12 +417,13 @@ def run(options):
     prepared = out / "prepared.pt"
     if prepared.exists():
         state = torch.load(prepared, map_location=model.device)
+        seconds.update(state["seconds"])                   # of the stages; "train" counts from here
     else:
         with stage(seconds, "score untouched"):
             before = ev.evaluate(model, tokenizer, tasks)
         with stage(seconds, "calibration text"):
             calibration = calibration_texts(options, model, tokenizer) if needs else None
-        state = {"before": before, "sites": solve(options, model, calibration, examples, seconds) if needs == "sites" else None,
+        state = {"before": before, "seconds": seconds, "sites": solve(options, model, calibration, examples, seconds) if needs == "sites" else None,
                  "C_pre": covariances(options, model, calibration, "C_pre") if needs == "C_pre" else None}
         save(state, prepared)
     probe = Probe(model, texts)
@@ -421,8 +438,8 @@ def run(options):
     with stage(seconds, "score tuned"):
         reference = ev.load_model(options.model, model.device, model.dtype)[0] if "drift" in tasks else None
         after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    scores = {"untouched": {**before, **ev.summarise(before)}, "tuned": {**after, **ev.summarise(after, before)}}
+    peak = peak_memory(model.device)
+    scores = {"untouched": {**before, **ev.summarise(before, before)}, "tuned": {**after, **ev.summarise(after, before)}}
     (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
     for finished in (prepared, out / "checkpoint.pt"):
         finished.unlink()
@@ -431,10 +448,20 @@ def run(options):
     print(f"{out}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; peak memory {peak:.1f} GB")
 
 
+def peak_memory(device):
+    """GB: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6) if resource else 0.0
+
+
 def main(arguments=None):
     options = parse_options(arguments)
     try:
         run(options)
+    except KeyboardInterrupt:
+        goes_on = options.out and (Path(options.out) / "prepared.pt").exists()
+        sys.exit(f"interrupted: the same command with --out {options.out} goes on from the last checkpoint" if goes_on else "interrupted; nothing to go on from yet")
     except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}): lower --micro-batch-size, then --max-length or --rank")
     except ValueError as error:                            # folora's own messages: one line each

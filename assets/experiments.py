@@ -115,7 +115,7 @@ def run(suite, flags, change, seed):
         train_math.train(options, model, optimizer, examples, train_math.Probe(reference, texts), Path(out))
         losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     scores = ev.evaluate(folora.merge(model), tokenizer, tasks, reference, texts)
-    scores.update((name, score) for name, score in ev.summarise(scores).items() if name != "Avg1(%)")
+    scores.update(ev.summarise(scores))
     return {"flags": flags, "change": change, "seed": seed, "loss": round(sum(losses[-5:]) / 5, 4), "seconds": round(time.time() - start),
             "scores": {name: round(score, 5) for name, score in scores.items()}}
 
