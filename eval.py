@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import folora
@@ -50,6 +51,7 @@ TASKS = {
     "drift": ("measure", None, None, None),
 }
 HELD_OUT_SEED, HELD_OUT_SAMPLES = 1000, 16
+LOGITS = 2 ** 27                                           # at a time: half a GB in float32
 SUMMARY = ("Avg1", "Avg1(%)", "Avg2", "GM")
 
 
@@ -194,12 +196,44 @@ def by_length(examples, batch_size, length=len):
     return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
-def label_logits(model, batch):
-    """(logits (labels, vocabulary) in float32, labels): the output layer runs at positions that predict a label, and nowhere else."""
+def share(items):
+    """This process's share of them."""
+    process, world = folora.processes()
+    return items[process::world]
+
+
+def mean(total, count):
+    """total / count, both summed over the processes."""
+    if folora.processes()[1] > 1:
+        both = torch.tensor([total, count], dtype=torch.float64)
+        torch.distributed.all_reduce(both)
+        total, count = both.tolist()
+    return total / count
+
+
+def label_states(model, batch):
+    """(hidden states (labels, width), labels) at the positions that predict a label: the output layer runs there, and nowhere else."""
     hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     targets = batch["labels"][:, 1:]                                                    # position t predicts token t + 1
     chosen = targets != -100
-    return model.get_output_embeddings()(hidden[:, :-1][chosen]).float(), targets[chosen]
+    return hidden[:, :-1][chosen], targets[chosen]
+
+
+def logits_of(model, states):
+    """Logits (labels, vocabulary) in float32."""
+    return model.get_output_embeddings()(states).float()
+
+
+def pieces(model, *tensors):
+    """The tensors' rows in pieces of which each has LOGITS logits: with 150,000 tokens in the vocabulary, logits are most of the memory."""
+    return list(zip(*(t.split(max(1, LOGITS // model.get_output_embeddings().weight.shape[0])) for t in tensors)))
+
+
+def summed_nll(model, batch):
+    """Sum over the batch's labels of their NLL in nat. Of several pieces the logits are not kept for the backward pass but computed again."""
+    parts = pieces(model, *label_states(model, batch))
+    nll = lambda states, labels: F.cross_entropy(logits_of(model, states), labels, reduction="sum")
+    return nll(*parts[0]) if len(parts) == 1 else sum(checkpoint(nll, *part, use_reentrant=False) for part in parts)
 
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
@@ -208,21 +242,27 @@ def label_logits(model, batch):
 def mean_nll(model, examples, batch_size=8):
     """Nat per response token over encoded examples."""
     total = count = 0
-    for batch in tqdm(by_length(examples, batch_size, lambda e: len(e["ids"])), desc="nll", leave=False):
-        logits, labels = label_logits(model, collate(batch, model.device))
-        total, count = total + F.cross_entropy(logits, labels, reduction="sum").item(), count + len(labels)
-    return total / count
+    for batch in tqdm(by_length(share(examples), batch_size, lambda e: len(e["ids"])), desc="nll", leave=False):
+        batch = collate(batch, model.device)
+        total, count = total + summed_nll(model, batch).item(), count + (batch["labels"][:, 1:] != -100).sum().item()
+    return mean(total, count)
+
+
+def summed_kl(log_p, model, states):
+    """Σ over positions of KL(p || the model's distribution), in nat; log_p (positions, vocabulary)."""
+    return F.kl_div(logits_of(model, states).log_softmax(-1), log_p, log_target=True, reduction="sum").item()
 
 
 @torch.inference_mode()
 def drift(model, reference, texts, batch_size=4):
     """KL(reference || model), the mean over all next-token positions of `texts` (1-D LongTensors), in nat."""
     total = count = 0
-    for batch in tqdm(by_length([t.tolist() for t in texts], batch_size), desc="drift", leave=False):
+    for batch in tqdm(by_length([t.tolist() for t in share(texts)], batch_size), desc="drift", leave=False):
         batch = collate(batch, model.device)
-        p, q = (label_logits(m, batch)[0].log_softmax(-1) for m in (reference, model))
-        total, count = total + F.kl_div(q, p, log_target=True, reduction="sum").item(), count + len(p)
-    return total / count
+        (theirs, _), (ours, _) = (label_states(m, batch) for m in (reference, model))
+        total += sum(summed_kl(logits_of(reference, p).log_softmax(-1), model, q) for p, q in pieces(model, theirs, ours))
+        count += len(ours)
+    return mean(total, count)
 
 
 def held_out(model, tokenizer, max_new_tokens, samples=HELD_OUT_SAMPLES):
@@ -362,8 +402,8 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
         elif name == "drift":
             scores[name] = drift(model, reference, texts) if reference is not None else 0.0
         else:
-            each = SCORERS.get(name, score_questions)(model, tokenizer, rows, source, name)
-            scores[name] = 100 * sum(each) / len(each)
+            each = SCORERS.get(name, score_questions)(model, tokenizer, share(rows), source, name)
+            scores[name] = 100 * mean(sum(each), len(each))
     return scores
 
 
@@ -411,12 +451,12 @@ def role(row):
 
 def summarise(scores, first=None):
     """Avg1, Avg2 and GM of one column; Avg1(%) too, if `first`, the untouched model's column, has something to lose."""
-    mean = lambda wanted, s: [s[t] for t in s if role(t) == wanted]
-    keep, target = mean("preserve", scores), mean("target", scores)
+    of = lambda wanted, s: [s[t] for t in s if role(t) == wanted]
+    keep, target = of("preserve", scores), of("target", scores)
     rows = {}
     if keep:
         rows["Avg1"] = sum(keep) / len(keep)
-        base = mean("preserve", first or {})
+        base = of("preserve", first or {})
         if sum(base):
             rows["Avg1(%)"] = 100 * rows["Avg1"] / (sum(base) / len(base))
     if target:

@@ -40,8 +40,8 @@ Use it on any model with nn.Linear layers (name them in target_modules if they a
         optimizer.zero_grad()
     model = folora.merge(model)                          # a plain model again, as large and as fast as before
 
-Move and cast the model before `prepare`. Save it merged: lora_A and lora_B alone belong to W_res and not to W0. Several processes:
-`decompose` in one and send the sites to all, for two eigensolvers may return two bases where γ repeats, and A would then move apart.
+Move and cast the model before `prepare`. Save it merged: lora_A and lora_B alone belong to W_res and not to W0. Under
+torch.distributed give each process its share of both texts: all get the same covariances and bases, and each solves its share.
 
 Where the paper is silent, or we leave it. Figures: SmolLM2-135M in bfloat16, rank 32, 40 steps of 8 GSM8K examples, as NLL of test
 solutions / KL from the untouched model, nat per token, 3 seeds unless it says one. What has no figure is not measured yet.
@@ -78,6 +78,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -112,6 +113,11 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     return found
 
 
+def processes():
+    """(rank, world size) in torch.distributed; (0, 1) where it does not run."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
 @contextmanager
 def _evaluating(model):
     """model.eval(), undone module by module at the end, also after an error."""
@@ -137,9 +143,19 @@ class _Gram:
         return self.last is not None and self.last[0]() is x and self.last[1] == x._version
 
     def add(self, x, rows):
-        rows = rows.float()                                # (tokens, d_in): bf16 sums would lose everything past 256 terms
-        self.sum.addmm_(rows.mT, rows)                     # C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in)
+        """C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in). In float32: bf16 sums would lose everything past 256 terms."""
+        if rows.is_cuda and rows.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
+            self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # torch 2.8: products of bf16 are exact in float32
+        else:
+            self.sum.addmm_(rows.float().mT, rows.float())
         self.tokens, self.last = self.tokens + len(rows), (weakref.ref(x), x._version)
+
+    def reduce(self):
+        """Add what the other processes saw."""
+        tokens = torch.tensor(self.tokens, device=self.sum.device)
+        dist.all_reduce(self.sum)
+        dist.all_reduce(tokens)
+        self.tokens = tokens.item()
 
 
 def _real_tokens(name, x, mask):
@@ -160,7 +176,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                     "attention_mask" is 0 do not count
     returns         {module name: (d_in, d_in) float32}, the *mean* of x xᵀ over all T tokens, (1/T) X Xᵀ: it depends neither
                     on how tokens are cut into batches nor, in scale, on how many there are. Modules that read the same input
-                    tensor (q, k, v; gate, up) share one accumulation and get one and the same tensor.
+                    tensor (q, k, v; gate, up) share one accumulation and get one and the same tensor. Under torch.distributed
+                    each process gives its share of the text, and all get the mean over the whole.
     ValueError      no target, no batch, a layer that no token reached, inputs that are not finite
 
     Nothing here reads logits or loss: for a language model leave out "labels" and add "logits_to_keep": 1. Wrap `batches` for a bar.
@@ -193,7 +210,10 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             handle.remove()
     for name in targets:
         _check(name, seen[name], grams.get(name))
-    means = {gram: gram.sum.div_(gram.tokens) for gram in set(grams.values())}
+    distinct = dict.fromkeys(grams[name] for name in targets)             # in an order that is the same in every process
+    for gram in distinct if processes()[1] > 1 else ():
+        gram.reduce()
+    means = {gram: gram.sum.div_(gram.tokens) for gram in distinct}
     return {name: means[grams[name]] for name in targets}
 
 
@@ -488,21 +508,35 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
                     and strings, so torch.save keeps it and many runs can share it
     progress        called with the number of inputs that were just finished
     """
-    shared, by_width, sites = {}, {}, []
+    shared, by_width, solved, sites = {}, {}, {}, []
     for name in C_pre:
         shared.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
     for names in shared.values():
         by_width.setdefault(C_pre[names[0]].shape[-1], []).append(names)
-    for width, groups in by_width.items():
-        size = max(1, STACK // width ** 2)
-        for stack in (groups[i:i + size] for i in range(0, len(groups), size)):
+    size = {width: max(1, STACK // width ** 2) for width in by_width}
+    stacks = [groups[i:i + size[width]] for width, groups in by_width.items() for i in range(0, len(groups), size[width])]
+    process, world = processes()
+    for i, stack in enumerate(stacks):
+        if i % world == process:
             pre, task = (_unit_scale(torch.stack([C[names[0]] for names in stack])) for C in (C_pre, C_task))   # (sites, d_in, d_in)
-            gamma, V = generalized_eigenbasis(task, pre, tau)
-            columns = zip(stack, null_space(pre, rank), gamma, V)
-            sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in columns]
-            if progress:
-                progress(len(stack))
+            solved[i] = (null_space(pre, rank), *generalized_eigenbasis(task, pre, tau))
+        if progress:
+            progress(len(stack))
+    for i, stack in enumerate(stacks):
+        solution = _broadcast(solved.pop(i, None), i % world, C_pre[stack[0][0]], len(stack), rank) if world > 1 else solved.pop(i)
+        sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in zip(stack, *solution)]
     return sites
+
+
+def _broadcast(solution, owner, C, sites, rank):
+    """(A0, gamma, V) of a stack, from the process that solved it to all. Two eigensolvers may return two bases where γ repeats, so that
+    A would move apart: one solves, all take its basis."""
+    d = len(C)
+    solution = solution or (C.new_empty(sites, rank, d), C.new_empty(sites, d), C.new_empty(sites, d, d))
+    solution = [tensor.contiguous() for tensor in solution]
+    for tensor in solution:
+        dist.broadcast(tensor, owner)
+    return solution
 
 
 def split_layers(names, passes):

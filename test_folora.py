@@ -6,7 +6,9 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -720,7 +722,7 @@ def tiny():
     return ev.load_model("tiny", torch.device("cpu"), torch.float32)
 
 
-def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
+def test_loss_is_on_the_response_and_equals_the_models_own(tiny, monkeypatch):
     model, tokenizer = tiny
     examples = ev.encode_all(tokenizer, [("What is 2 + 2?", "It is 4.\nThe answer is: 4"), ("Sort these words: b a", "a b, as asked and no more")], 256)
     for example in examples:
@@ -728,13 +730,20 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
         assert tokenizer.decode(prompt).endswith("### Response:" if example is examples[1] else "### Response: Let's think step by step.") and example["labels"][-1] == tokenizer.eos_token_id
         assert example["labels"][len(prompt):] == example["ids"][len(prompt):]
     batch = ev.collate(examples, "cpu")
-    logits, targets = ev.label_logits(model, batch)
+    states, targets = ev.label_states(model, batch)
+    logits = ev.logits_of(model, states)
     own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(nn.functional.cross_entropy(logits, targets), own)
     assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own.item(), rel=1e-4)
+    monkeypatch.setattr(ev, "LOGITS", 3 * logits.shape[1])                                                  # three positions a piece
+    assert len(ev.pieces(model, states)) == -(-len(states) // 3) > 1
+    assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own.item(), rel=1e-4)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (ev.summed_nll(model, batch) / len(targets), own))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_drift_is_the_kl_of_next_token_distributions(tiny):
+def test_drift_is_the_kl_of_next_token_distributions(tiny, monkeypatch):
     model, tokenizer = tiny
     other, _ = ev.load_model("tiny", torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -745,7 +754,9 @@ def test_drift_is_the_kl_of_next_token_distributions(tiny):
         p, q = (m(t[None]).logits[0, :-1].double().softmax(-1) for m in (model, other))
         total, count = total + (p * (p / q).log()).sum().item(), count + len(p)
     assert ev.drift(other, model, texts) == pytest.approx(total / count, rel=1e-3) and total > 0
-    assert train_math.Probe(model, texts)(other) == pytest.approx(total / count, rel=1e-3)
+    assert train_math.Probe(model, texts, positions=400)(other) == pytest.approx(total / count, rel=1e-3)
+    monkeypatch.setattr(ev, "LOGITS", 5 * model.config.vocab_size)
+    assert ev.drift(other, model, texts) == pytest.approx(total / count, rel=1e-3)
     assert len(train_math.Probe(model, texts, positions=3 * len(texts)).before) == 3 * len(texts)           # as many of each
 
 
@@ -1021,10 +1032,80 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny):
     for micro in (6, 2):
         model.zero_grad()
         spy = SimpleNamespace(param_groups=[{"params": list(model.parameters())}], step=lambda: seen.append([p.grad.clone() for p in model.parameters()]), zero_grad=lambda: None)
-        loss, norm, tokens = train_math.train_step(model, spy, examples, micro)
+        loss, norm, tokens = train_math.train_step(train_math.SummedNLL(model), spy, examples, micro)
         assert tokens == sum(len(e["ids"]) for e in examples)
     for a, b in zip(*seen):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
+    model, tokenizer = ev.load_model("tiny", torch.device("cpu"), torch.float32)
+    example = ev.encode_all(tokenizer, ev.to_pairs(ev.read_rows(str(ev.TINY / "train.jsonl"), limit=1), "x"), 256)
+    weight, calls, seen = model.requires_grad_(False).model.layers[0].mlp.down_proj.weight.requires_grad_(), [], []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    for on in (1, 0):
+        train_math.recompute(model, on)
+        assert not any(m.training for m in model.modules() if isinstance(m, (nn.Linear, nn.Dropout)))
+        seen.append(torch.autograd.grad(train_math.SummedNLL(model)(example), weight)[0])
+    torch.testing.assert_close(*seen)
+    assert len(calls) == 3                                 # twice with, once without
+
+
+def torchrun(*command):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)],
+                          capture_output=True, text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("method", ["folora", "lora", "corda"])
+def test_two_processes_do_what_one_does(method, tmp_path, monkeypatch):
+    """torchrun, gloo, float32, the same global batch: the same losses, scores and merged weights. From one prepared.pt, because covariances that
+    differ in their last digit, as two sums of the same tokens do, have other null spaces."""
+    arguments = [*FAST, "--method", method, "--tasks", f"facts,nll={ev.TINY / 'test.jsonl'},drift", "--calibration-samples", "6"]
+    real = train_math.train
+    monkeypatch.setattr(train_math, "train", lambda *args: shutil.copytree(tmp_path / "one", tmp_path / "two") and real(*args))
+    train_math.main([*arguments, "--out", str(tmp_path / "one")])
+    done = torchrun("train_math.py", *arguments, "--out", tmp_path / "two")
+    assert done.stdout.count("Avg1(%)") == 1 and "eigenproblems" not in done.stderr
+    keys = ("step", "loss", "grad_norm", "lr", "drift")
+    one, two = ([[line[k] or 0 for k in keys] for line in map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())] for run in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    scores = [json.loads((tmp_path / run / "summary.json").read_text())["scores"]["tuned"] for run in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
+    one, two = (ev.load_model(str(tmp_path / run), torch.device("cpu"), torch.float32)[0].state_dict() for run in ("one", "two"))
+    assert max(((one[name] - two[name]).norm() / one[name].norm()).item() for name in one) < 1e-5
+
+
+def test_two_processes_share_covariances_and_bases(tmp_path):
+    """Each sees its share of the text, both have the mean over the whole; each solves its share of the problems, both have all bases."""
+    (tmp_path / "work.py").write_text("""if True:
+        import sys, torch, folora
+        from test_folora import Block, BLOCK_TARGETS
+        torch.manual_seed(0)
+        model, texts = Block(), [{"x": torch.randn(n, 8)} for n in (90, 70, 40)]
+        if len(sys.argv) > 2:
+            torch.distributed.init_process_group("gloo")
+        process, world = folora.processes()
+        C_pre, C_task = (folora.collect_covariances(model, t[process::world], BLOCK_TARGETS) for t in (texts, [{"x": t["x"] * torch.arange(1, 9)} for t in texts]))
+        torch.save((C_pre, C_task, folora.decompose(C_pre, C_task, 2), world), f"{sys.argv[1]}-{process}.pt")
+    """)
+    subprocess.run([sys.executable, str(tmp_path / "work.py"), str(tmp_path / "one")], check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    torchrun(tmp_path / "work.py", tmp_path / "two", "distributed")
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
+    assert (one[3], two[0][3]) == (1, 2)
+    for a, b in zip(one[2], two[0][2], strict=True):
+        assert a["modules"] == b["modules"]
+        torch.testing.assert_close(a["gamma"], b["gamma"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a["V"].abs(), b["V"].abs(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a["A0"].abs(), b["A0"].abs(), rtol=1e-3, atol=1e-3)
+    for a, b in zip(two[0][2], two[1][2]):
+        assert all(torch.equal(a[key], b[key]) for key in ("A0", "gamma", "V"))
+    for i in (0, 1):
+        for name in one[i]:
+            torch.testing.assert_close(one[i][name], two[0][i][name], rtol=1e-5, atol=1e-5)
+            assert torch.equal(two[0][i][name], two[1][i][name])
 
 
 def test_schedule_and_order_of_the_data():

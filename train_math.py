@@ -3,6 +3,7 @@
     python train_math.py                                   # the embedded model, on CPU: under three minutes
     python train_math.py --method lora                     # the same with plain LoRA
     python train_math.py --model Qwen2.5-1.5B              # GSM8K from the hub, on a CUDA GPU
+    torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B     # the same on four GPUs
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,nq_open=NQ.jsonl,drift      # everything local
 
 The run is kept in --out: config.json (every option as resolved, versions), metrics.jsonl, summary.json (scores, seconds of each
@@ -19,17 +20,21 @@ import errno
 import functools
 import json
 import math
+import os
 import platform
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torch.nn.utils.parametrize
 import transformers
+
+if int(os.environ.get("RANK", 0)):                         # one bar for all processes; tqdm reads this when it is imported
+    os.environ["TQDM_DISABLE"] = "1"
 from tqdm import tqdm
 
 import eval as ev
@@ -137,6 +142,7 @@ OPTIONS = {
     "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
     "calibration_max_tokens": (512, 224, "paper", "tokens of a sampled sequence, at most (at least: 128)"),
     "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
+    "gradient_checkpointing": (0, None, "ours", "1: keep one activation a layer and compute the others again: less memory, a third more time"),
     "passes": (1, None, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
     "task_samples": (256, None, "paper", "training examples for C_task"),
     "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
@@ -148,8 +154,8 @@ OPTIONS = {
     "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
 }
 TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
-CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1)}
-PLACES = {"out", "micro_batch_size", "passes"}                       # a resumed run may change these; another device has other singular vectors
+CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1), "gradient_checkpointing": (0, 1)}
+PLACES = {"out", "micro_batch_size", "gradient_checkpointing", "passes"}                       # a resumed run may change these; another device has other singular vectors
 
 
 def parse_options(arguments=None):
@@ -167,6 +173,7 @@ def parse_options(arguments=None):
     if given.get("preset") == "tuned":
         options.update(TUNED)
     options.update(given)
+    options["out"] = options["out"] or f"runs/{Path(options['model']).name}-{options['method']}-{time.strftime('%Y%m%d-%H%M%S')}"
     if given.get("preset") == "tuned" and "lr" in given and "lr_a" not in given:
         options["lr_a"] = given["lr"] * TUNED["lr_a"] / TUNED["lr"]                       # the preset is a ratio of the two
     options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
@@ -179,7 +186,7 @@ def parse_options(arguments=None):
 def check_ranges(parser, options):
     """One line for the first number that is out of range."""
     least = {**dict.fromkeys(("lr", "lr_a", "tau"), 0), "alpha": math.ulp(0), "warmup": 0}
-    least.update((name, 1) for name, value in options.items() if isinstance(value, int) and name not in (*least, "zero_start", "seed"))
+    least.update((name, 1) for name, value in options.items() if isinstance(value, int) and name not in (*least, *CHOICES, "seed"))
     for name, low in least.items():
         if options[name] is not None and not options[name] >= low:
             parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
@@ -191,10 +198,8 @@ def check_ranges(parser, options):
 
 def open_run(options):
     """The run's directory, new or to be resumed; config.json written. One clear line if it belongs to another run."""
-    name = f"{Path(options.model).name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(options.out or Path("runs", name))
-    options.out = str(out)
-    mine, config = vars(options), out / "config.json"
+    out, mine = Path(options.out), vars(options)
+    config = out / "config.json"
     if (out / "summary.json").exists():
         sys.exit(f"{out} holds a finished run: give another --out, or delete it")
     if config.exists():
@@ -210,7 +215,6 @@ def open_run(options):
         sys.exit(f"--out {out} cannot be made: {error.strerror}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     config.write_text(json.dumps({"options": mine, "versions": versions}, indent=1))
-    return out
 
 
 def save(value, path):
@@ -248,16 +252,17 @@ def given_texts(options):
 
 
 def calibration_texts(options, model, tokenizer):
-    """The token lists behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
+    """This process's share of the token lists behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
     if options.calibration != "self":
-        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in given_texts(options)]
+        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in ev.share(given_texts(options))]
     if options.calibration_model:
         model, theirs = ev.load_model(options.calibration_model, model.device, model.dtype)
         if theirs.get_vocab() != tokenizer.get_vocab():
             sys.exit(f"--calibration-model {options.calibration_model} has another tokenizer than {options.model}: its text would not be the model's")
-    longest = options.calibration_max_tokens
-    bar = tqdm(total=options.calibration_samples, desc="calibration text", unit="text")
-    texts = folora.sample_calibration(model, tokenizer, options.calibration_samples, min(128, longest), longest, seed=options.seed, progress=bar.update)
+    longest, count = options.calibration_max_tokens, len(ev.share(range(options.calibration_samples)))
+    bar = tqdm(total=count, desc="calibration text", unit="text")
+    seed = options.seed + 10 ** 6 * folora.processes()[0]                       # each process writes its own
+    texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest, seed=seed, progress=bar.update)
     return [text.tolist() for text in texts]
 
 
@@ -275,7 +280,7 @@ def solve(options, model, texts, examples, seconds):
     for names in folora.split_layers(folora.find_targets(model), options.passes):
         with stage(seconds, "covariances"):
             C_pre = covariances(options, model, texts, "C_pre", names)
-            C_task = covariances(options, model, [e["ids"] for e in examples[:options.task_samples]], "C_task", names)
+            C_task = covariances(options, model, [e["ids"] for e in ev.share(examples[:options.task_samples])], "C_task", names)
         with stage(seconds, "eigenproblems"):
             bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
             sites += folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
@@ -316,15 +321,28 @@ def data_order(count, batch_size, epochs, max_steps, seed):
     return order[:steps * batch_size].view(steps, batch_size).tolist()
 
 
-def train_step(model, optimizer, batch, micro_batch_size):
-    """One step on a list of examples, in micro-batches: (loss, gradient norm, tokens). The loss is a mean over the batch's labels."""
-    labels = sum(label != -100 for e in batch for label in e["labels"][1:])
-    total = 0.0
-    for micro in ev.by_length(batch, micro_batch_size, lambda e: len(e["ids"])):
-        logits, targets = ev.label_logits(model, ev.collate(micro, model.device))
-        loss = F.cross_entropy(logits, targets, reduction="sum") / labels
-        loss.backward()
+class SummedNLL(torch.nn.Module):
+    """A forward pass that ends in the loss: what DistributedDataParallel can wrap."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, examples):
+        return ev.summed_nll(self.model, ev.collate(examples, self.model.device))
+
+
+def train_step(summed_nll, optimizer, batch, micro_batch_size):
+    """One step on a list of examples, in micro-batches: (loss, gradient norm, tokens). The loss is a mean over the batch's labels,
+    of which each process has its share."""
+    labels, world = sum(label != -100 for e in batch for label in e["labels"][1:]), folora.processes()[1]
+    micros, total = ev.by_length(ev.share(batch), micro_batch_size, lambda e: len(e["ids"])), 0.0
+    for micro in micros:
+        with summed_nll.no_sync() if world > 1 and micro is not micros[-1] else nullcontext():
+            loss = summed_nll(micro) / labels
+            (loss * world).backward()                      # DDP takes the mean over processes of the gradients; we want their sum
         total += loss.item()
+    total = ev.mean(total, 1 / world)                      # the sum over processes
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     optimizer.step()
@@ -341,12 +359,11 @@ class Probe:
         for labels, text in zip(self.batch["labels"], texts):
             kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # from 1: nothing predicts BOS
             labels[~torch.isin(torch.arange(len(labels)), kept).to(labels.device)] = -100
-        self.before = ev.label_logits(model, self.batch)[0].log_softmax(-1)
+        self.before = ev.logits_of(model, ev.label_states(model, self.batch)[0]).log_softmax(-1)
 
     @torch.inference_mode()
     def __call__(self, model):
-        now = ev.label_logits(model, self.batch)[0].log_softmax(-1)
-        return F.kl_div(now, self.before, log_target=True, reduction="sum").item() / len(now)
+        return ev.summed_kl(self.before, model, ev.label_states(model, self.batch)[0]) / len(self.before)
 
 
 def checkpoint(optimizer, model, step):
@@ -370,16 +387,21 @@ def train(options, model, optimizer, examples, probe, out):
     """The loop: metrics.jsonl, checkpoints, and a bar."""
     batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps, options.seed)
     first = [group["lr"] for group in optimizer.param_groups]
-    saved, log = out / "checkpoint.pt", out / "metrics.jsonl"
+    saved, log, (process, world) = out / "checkpoint.pt", out / "metrics.jsonl", folora.processes()
     done = restore(optimizer, model, torch.load(saved, map_location=model.device)) if saved.exists() else 0
-    lines = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
-    log.write_text("".join(lines))                         # lines of steps after the checkpoint will be written again
+    if process == 0:
+        lines = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+        log.write_text("".join(lines))                     # lines of steps after the checkpoint will be written again
+    recompute(model, options.gradient_checkpointing)
+    summed_nll = SummedNLL(model) if world == 1 else torch.nn.parallel.DistributedDataParallel(SummedNLL(model))
     bar = tqdm(range(done, len(batches)), desc="train", initial=done, total=len(batches))
     for step in bar:
         start = time.perf_counter()
         for group, lr in zip(optimizer.param_groups, first):
             group["lr"] = lr * schedule(step, len(batches), options.warmup)
-        loss, norm, tokens = train_step(model, optimizer, [examples[i] for i in batches[step]], options.micro_batch_size)
+        loss, norm, tokens = train_step(summed_nll, optimizer, [examples[i] for i in batches[step]], options.micro_batch_size)
+        if process:
+            continue                                       # the first process keeps the books
         speed, due = tokens / (time.perf_counter() - start), (step + 1) % options.log_every == 0 or step + 1 == len(batches)
         line = {"step": step + 1, "loss": loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": norm, "tokens_per_s": round(speed),
                 "drift": probe(model) if due else None}
@@ -388,6 +410,15 @@ def train(options, model, optimizer, examples, probe, out):
         bar.set_postfix(loss=f"{loss:.3f}", **({"drift": f"{line['drift']:.4f}"} if due else {}))
         if due:
             save(checkpoint(optimizer, model, step + 1), saved)
+    recompute(model, False)
+
+
+def recompute(model, on):
+    """Gradient checkpointing. The layers take `training` for their sign; what is inside them stays in evaluation mode: no dropout."""
+    if on:
+        model.activation_checkpointing_enable({"use_reentrant": False})         # reentrant, frozen embeddings would cut the gradient
+    for module in model.modules():
+        module.training = bool(on) and hasattr(module, "gradient_checkpointing")
 
 
 def load(options):
@@ -407,15 +438,34 @@ def load(options):
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
+def start_processes(options):
+    """Join torchrun's processes: each with its own GPU, all with one --out."""
+    torch.distributed.init_process_group(timeout=timedelta(days=1))         # one process may write text for longer than another
+    world, local = folora.processes()[1], int(os.environ["LOCAL_RANK"])
+    for name in ("batch_size", "calibration_samples", "task_samples"):
+        if getattr(options, name) < world:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(options, name)}: {world} processes need at least {world}")
+    if options.device in ("auto", "cuda") and torch.cuda.is_available():
+        options.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    out = [options.out]                                    # it may hold the time
+    torch.distributed.broadcast_object_list(out)
+    options.out, = out
+
+
 def run(options):
     """All stages, in order; prints the table."""
     model, tokenizer, examples, tasks = load(options)
-    seconds, needs, out = {}, METHODS[options.method][1], open_run(options)
-    check_disk(out, model, options.rank)
+    seconds, needs, out, process = {}, METHODS[options.method][1], Path(options.out), folora.processes()[0]
+    if process == 0:
+        open_run(options)
+        check_disk(out, model, options.rank)
+    prepared = out / "prepared.pt"
+    resumed = prepared.exists()
+    ev.mean(0, 1)                                          # all wait for all: the first process will write that file
     with stage(seconds, "held-out text"):
         texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
-    prepared = out / "prepared.pt"
-    if prepared.exists():
+    if resumed:
         state = torch.load(prepared, map_location=model.device)
         seconds.update(state["seconds"])                   # of the stages; "train" counts from here
     else:
@@ -425,7 +475,8 @@ def run(options):
             calibration = calibration_texts(options, model, tokenizer) if needs else None
         state = {"before": before, "seconds": seconds, "sites": solve(options, model, calibration, examples, seconds) if needs == "sites" else None,
                  "C_pre": covariances(options, model, calibration, "C_pre") if needs == "C_pre" else None}
-        save(state, prepared)
+        if process == 0:
+            save(state, prepared)
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)
     optimizer, before = add_adapters(options, model, state["sites"], state["C_pre"]), state["before"]
@@ -433,11 +484,14 @@ def run(options):
     with stage(seconds, "train"):
         train(options, model, optimizer, examples, probe, out)
     model = folora.merge(model)
-    model.save_pretrained(out / "merged")
-    tokenizer.save_pretrained(out / "merged")
+    if process == 0:
+        model.save_pretrained(out / "merged")
+        tokenizer.save_pretrained(out / "merged")
     with stage(seconds, "score tuned"):
         reference = ev.load_model(options.model, model.device, model.dtype)[0] if "drift" in tasks else None
         after = ev.evaluate(model, tokenizer, tasks, reference, texts)
+    if process:
+        return
     peak = peak_memory(model.device)
     scores = {"untouched": {**before, **ev.summarise(before, before)}, "tuned": {**after, **ev.summarise(after, before)}}
     (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
@@ -458,7 +512,11 @@ def peak_memory(device):
 def main(arguments=None):
     options = parse_options(arguments)
     try:
+        if "LOCAL_RANK" in os.environ:
+            start_processes(options)
         run(options)
+        if folora.processes()[1] > 1:
+            torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         goes_on = options.out and (Path(options.out) / "prepared.pt").exists()
         sys.exit(f"interrupted: the same command with --out {options.out} goes on from the last checkpoint" if goes_on else "interrupted; nothing to go on from yet")
