@@ -1058,7 +1058,7 @@ def torchrun(*command):
     return done
 
 
-@pytest.mark.parametrize("method", ["folora", "oplora"])
+@pytest.mark.parametrize("method", ["folora", "lora"])
 def test_two_processes_do_what_one_does(method, tmp_path, monkeypatch):
     """torchrun, gloo, float32, the same global batch: the same losses, scores and merged weights. From one prepared.pt, because covariances that
     differ in their last digit, as two sums of the same tokens do, have other null spaces."""
