@@ -295,7 +295,7 @@ class SAdam(torch.optim.Optimizer):
 
     `p.grad` is only read. The basis follows its parameters to their device, and is part of state_dict: a resumed run needs the very
     same one, signs included. Each row of A is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it
-    does in the whole.
+    does in the whole, so FSDP2, which shards by rows, needs nothing else (make the optimiser anew on the sharded parameters).
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -331,8 +331,9 @@ class SAdam(torch.optim.Optimizer):
         for p in params:
             state = self.state[p] = self.state[p] or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state["step"] += 1
-        m, sq, t = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
-        G_bar = [p.grad for p in params]
+        local = lambda tensors: [t.to_local() if hasattr(t, "to_local") else t for t in tensors]              # FSDP2: this process's rows
+        t, m, sq = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
+        m, sq, G_bar, params = local(m), local(sq), local(p.grad for p in params), local(params)
         if V is not None:
             rows = [len(p) for p in params]
             G_bar = (torch.cat(G_bar) @ V).split(rows)                        # Eq. 18-19: Ḡ = G V, (r of each, d) @ (d, d)

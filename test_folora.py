@@ -1108,6 +1108,29 @@ def test_two_processes_share_covariances_and_bases(tmp_path):
             assert torch.equal(two[0][i][name], two[1][i][name])
 
 
+def test_sadam_moves_shards_of_fsdp2_as_it_moves_the_whole(tmp_path):
+    (tmp_path / "work.py").write_text("""if True:
+        import copy, torch, folora
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(0)
+        whole, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.randn(64, 8)
+        spectral = folora.prepare(whole, [{"input": x}] * torch.distributed.get_world_size(), [{"input": x * torch.arange(1, 9)}], lr=1e-2, rank=4, target_modules=("0", "2"))
+        sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
+        groups = [{**{k: group[k] for k in ("basis", "gate")}, "params": [sharded[i].lora_A]} for i, group in zip((0, 2), spectral.param_groups)]
+        for model, optimizer in ((whole, spectral), (sharded, folora.SAdam(groups + [{"params": [sharded[i].lora_B for i in (0, 2)]}], lr=1e-2))):
+            for _ in range(3):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for a, b in zip(whole.parameters(), sharded.parameters()):
+            torch.testing.assert_close(a, b.full_tensor())
+            assert len(b.to_local()) * 2 == len(a)
+    """)
+    torchrun(tmp_path / "work.py")
+
+
 def test_schedule_and_order_of_the_data():
     rates = [train_math.schedule(s, 100, 0.03) for s in range(100)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] == 1 and max(rates) == 1 and 0 < rates[-1] < 1e-3

@@ -142,8 +142,8 @@ OPTIONS = {
     "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
     "calibration_max_tokens": (512, 224, "paper", "tokens of a sampled sequence, at most (at least: 128)"),
     "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
-    "gradient_checkpointing": (0, None, "ours", "1: keep one activation a layer and compute the others again: less memory, a third more time"),
-    "passes": (1, None, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
+    "gradient_checkpointing": (None, None, "ours", "1: keep one activation a layer and compute the others again: less memory, up to a third more time; 0: keep all; none: 1 on a GPU"),
+    "passes": (2, 1, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
     "task_samples": (256, None, "paper", "training examples for C_task"),
     "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
     "eval_samples": (500, 200, "ours", "rows a task"),
@@ -164,7 +164,7 @@ def parse_options(arguments=None):
     for name, (default, tiny, source, text) in OPTIONS.items():
         columns = {source: default, "tiny": tiny, "tuned": TUNED.get(name)}
         notes = [f"{whose}: {value}" for whose, value in columns.items() if value is not None] or [source]
-        kind = type(default) if default is not None else {"max_steps": int, "alpha": float, "lr_a": float}.get(name, str)
+        kind = type(default) if default is not None else {"max_steps": int, "gradient_checkpointing": int, "alpha": float, "lr_a": float}.get(name, str)
         parser.add_argument("--" + name.replace("_", "-"), type=kind, choices=CHOICES.get(name), help=f"{text} [{'; '.join(notes)}]".replace("%", "%%"))
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     options = {name: default for name, (default, *_) in OPTIONS.items()}
@@ -283,7 +283,8 @@ def solve(options, model, texts, examples, seconds):
             C_task = covariances(options, model, [e["ids"] for e in ev.share(examples[:options.task_samples])], "C_task", names)
         with stage(seconds, "eigenproblems"):
             bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-            sites += folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
+            solved = folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
+        sites += [{key: value.cpu() if torch.is_tensor(value) else value for key, value in site.items()} for site in solved]     # attach moves them back
     return sites
 
 
@@ -425,6 +426,8 @@ def load(options):
     """(model, tokenizer, encoded examples, tasks), everything checked that can be checked before any long work."""
     device, dtype = ev.pick_device(options.device, options.dtype)
     options.device, options.dtype = str(device), str(dtype).removeprefix("torch.")       # config.json says what "auto" came to
+    if options.gradient_checkpointing is None:
+        options.gradient_checkpointing = int(device.type == "cuda")
     ev.resolve_model(options.model)                        # what needs no download is looked at first
     folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
@@ -466,7 +469,7 @@ def run(options):
     with stage(seconds, "held-out text"):
         texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
     if resumed:
-        state = torch.load(prepared, map_location=model.device)
+        state = torch.load(prepared, map_location="cpu" if needs == "sites" else model.device)
         seconds.update(state["seconds"])                   # of the stages; "train" counts from here
     else:
         with stage(seconds, "score untouched"):

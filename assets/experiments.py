@@ -182,7 +182,7 @@ BUDGETS = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (16, 128)}       # t
 SCREENING, SEEDS = (0,), (0, 1, 2)                         # the ends of a front; its middle, and everything else
 SUITE = {
     "tiny": "--max-steps 100 --batch-size 16 --eval-samples 100 --log-every 1000",
-    "smollm2": "--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 "
+    "smollm2": "--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 --passes 1 "
                "--dtype bfloat16 --eval-samples 64 --log-every 1000",
 }
 TARGET = {"tiny": ("gsm8k", "accuracy on unseen word problems, %", 1), "smollm2": ("nll", "NLL of GSM8K test solutions, nat/token", -1)}     # 1: more is better

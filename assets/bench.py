@@ -1,0 +1,295 @@
+"""What FoLoRA costs beside LoRA: time and memory of every stage, the two measured alternately in one run.
+
+    python assets/bench.py --model SMOLLM2_DIR             # all rows; the ones of a GPU only where there is one
+    python assets/bench.py --model tiny --quick            # every row at small shapes: does the script run?
+
+Rows go to assets/bench.json: median, least and greatest of the repetitions, the machine, the versions. A time in it belongs to its
+machine; the ratios are what to compare.
+"""
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import eval as ev                                          # noqa: E402
+import folora                                              # noqa: E402
+import train_math                                          # noqa: E402
+
+QWEN3 = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=6144,
+             vocab_size=151936, max_position_embeddings=4096, tie_word_embeddings=True)                  # Qwen3-1.7B's shapes
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=128, vocab_size=1000)
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work):
+    start = now()
+    work()
+    return now() - start
+
+
+def alternate(works, repetitions, desc):
+    """{name: [seconds]}: A B A B, after one of each that does not count."""
+    for work in works.values():
+        work()
+    out = {name: [] for name in works}
+    for _ in tqdm(range(repetitions), desc=desc):
+        for name, work in works.items():
+            out[name].append(seconds(work))
+    return out
+
+
+def row(name, values, unit, paper=None, bar=None):
+    return {"row": name, "median": round(statistics.median(values), 4), "least": round(min(values), 4), "greatest": round(max(values), 4),
+            "n": len(values), "unit": unit, "paper": paper, "bar": bar, "device": device_name()}
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def random_model(shape, dtype, device):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).eval()
+
+
+def examples(model, count, length):
+    """Random encoded examples, a label on the second half of each: GSM8K's share."""
+    ids = torch.randint(10, model.config.vocab_size, (count, length)).tolist()
+    return [{"ids": row, "labels": [-100] * (length // 2) + row[length // 2:]} for row in ids]
+
+
+def blank_sites(model, rank):
+    """Sites with the right shapes and no preparation: what a step costs does not depend on the numbers in a basis."""
+    one = [{"input_ids": torch.tensor([[1, 2, 3]]), "use_cache": False, "logits_to_keep": 1}]
+    covariances, shared = folora.collect_covariances(model, one), {}
+    for name, C in covariances.items():
+        shared.setdefault(id(C), []).append(name)
+    widths = {id(C): len(C) for C in covariances.values()}
+    device = model.device
+    return [{"modules": names, "A0": torch.randn(rank, widths[key], device=device) / 8, "gamma": torch.rand(widths[key], device=device),
+             "V": torch.eye(widths[key], device=device)} for key, names in shared.items()]
+
+
+def adapted(model, method, rank):
+    """(loss module, optimiser): FoLoRA, or LoRA under torch's AdamW (foreach on a CPU and fused on a GPU)."""
+    if method == "folora":
+        return train_math.SummedNLL(model), folora.attach(model, blank_sites(model, rank), 1e-4)
+    optimizer = train_math.add_adapters(train_math.parse_options(["--method", "lora", "--rank", str(rank), "--lr", "1e-4"]), model)
+    groups = [{key: value for key, value in group.items() if key in ("params", "lr")} for group in optimizer.param_groups]
+    return train_math.SummedNLL(model), torch.optim.AdamW(groups, weight_decay=0.0, **({"fused": True} if model.device.type == "cuda" else {"foreach": True}))
+
+
+def steps(model, rank, batch, length, micro, repetitions, paper, bar):
+    """A training step and its optimiser's part, FoLoRA / LoRA."""
+    texts, works, optimisers = examples(model, batch, length), {}, {}
+    for method in ("lora", "folora"):
+        loss, optimiser = adapted(copy.deepcopy(model), method, rank)
+        works[method] = lambda loss=loss, optimiser=optimiser: train_math.train_step(loss, optimiser, texts, micro)
+        optimisers[method] = optimiser
+    whole = alternate(works, repetitions, "steps")
+    for optimiser in optimisers.values():
+        for p in (p for group in optimiser.param_groups for p in group["params"]):
+            p.grad = torch.randn_like(p)
+    own = alternate({name: optimiser.step for name, optimiser in optimisers.items()}, max(5, repetitions), "optimisers")
+    what = f"rank {rank}, {batch} x {length} tokens"
+    return [row(f"training step, {what}: FoLoRA / LoRA", [a / b for a, b in zip(whole["folora"], whole["lora"])], "ratio", paper, bar),
+            row(f"training step, {what}: LoRA", whole["lora"], "s"),
+            row(f"training step, {what}: LoRA again / before (noise)", [b / a for a, b in zip(whole["lora"], whole["lora"][1:])], "ratio"),
+            row(f"optimiser step, {what}: FoLoRA - LoRA, share of LoRA's training step",
+                [(a - b) / statistics.median(whole["lora"]) for a, b in zip(own["folora"], own["lora"])], "ratio")]
+
+
+# ---- preparation, each measurement in a process of its own (its peak memory is its own) --------------------------------------------
+
+def first_layers(name, layers):
+    model, _ = ev.load_model(name, *ev.pick_device("auto", "bfloat16"))
+    model.model.layers = model.model.layers[:layers]
+    return model
+
+
+def prepare_folora(name, layers, texts, rank):
+    model = first_layers(name, layers)
+    sequences = torch.randint(10, model.config.vocab_size, texts).tolist()
+    options = argparse.Namespace(micro_batch_size=8, rank=rank, tau=0.01, passes=1, task_samples=len(sequences))
+    return lambda: train_math.solve(options, model, sequences, [{"ids": ids} for ids in sequences], {})
+
+
+def prepare_corda(name, layers, texts, rank):
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+    model = first_layers(name, layers)
+    sequences = torch.randint(10, model.config.vocab_size, texts).tolist()
+
+    @torch.no_grad()
+    def forward():
+        for batch in ev.by_length(sequences, 8):
+            model(**{k: v for k, v in ev.collate(batch, model.device).items() if k != "labels"}, use_cache=False, logits_to_keep=1)
+    config = LoraConfig(r=rank, init_lora_weights="corda", target_modules=list(folora.TARGET_MODULES), corda_config=CordaConfig(corda_method="kpm"))
+    return lambda: preprocess_corda(model, config, run_model=forward)
+
+
+def child(make, arguments, pipe):
+    torch.manual_seed(0)
+    work = make(*arguments)
+    peak = lambda: torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    before = peak()
+    pipe.send((seconds(work), peak() - before))
+
+
+def in_a_process(make, *arguments):
+    """(seconds, GB of peak memory that the work added)."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(make, arguments, theirs))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    return result
+
+
+def preparations(name, layers, texts, rank, repetitions):
+    """FoLoRA's preparation against PEFT's CorDA: each reads the same text, FoLoRA twice (for C_pre and for C_task)."""
+    import peft
+    pairs = [[in_a_process(make, name, layers, texts, rank) for make in (prepare_folora, prepare_corda)] for _ in tqdm(range(repetitions), desc="preparations")]
+    what = f"preparation of {layers} layers, {texts[0]} x {texts[1]} tokens, rank {rank}"
+    return [row(f"{what}: PEFT {peft.__version__}'s CorDA / FoLoRA", [corda[0] / ours[0] for ours, corda in pairs], "ratio", None, 4),
+            row(f"{what}: FoLoRA", [ours[0] for ours, _ in pairs], "s"),
+            row(f"{what}: peak memory added, FoLoRA / CorDA", [ours[1] / corda[1] for ours, corda in pairs], "ratio", None, 1),
+            row(f"{what}: peak memory added, FoLoRA", [ours[1] for ours, _ in pairs], "GB")]
+
+
+# ---- how each stage grows -----------------------------------------------------------------------------------------------------------
+
+def covariance_work(d=512, tokens=2048):
+    layer, x = torch.nn.Sequential(torch.nn.Linear(d, 1)), torch.randn(tokens, d)
+    return lambda: folora.collect_covariances(layer, [{"input": x}], ("0",))
+
+
+def eigen_work(d=256, layers=1):
+    C = {str(i): (lambda x: x.mT @ x / len(x))(torch.randn(2 * d, d)) for i in range(layers)}
+    other = {name: (lambda x: x.mT @ x / len(x))(torch.randn(2 * d, d)) for name in C}
+    return lambda: folora.decompose(C, other, min(32, d))
+
+
+def sadam_work(d=1024, rank=64, layers=1):
+    A = [torch.nn.Parameter(torch.randn(rank, d)) for _ in range(layers)]
+    for p in A:
+        p.grad = torch.randn_like(p)
+    return folora.SAdam([{"params": [p], "basis": torch.randn(d, d), "gate": torch.rand(d)} for p in A], 1e-4).step
+
+
+# stage, what grows, its sizes, the operations as a power of it, and their count
+SCALING = [
+    ("covariance", covariance_work, "d", (512, 1024, 2048, 4096), 2, "2 T d²"),
+    ("covariance", covariance_work, "tokens", (2048, 4096, 8192, 16384), 1, "2 T d²"),
+    ("eigenproblem", eigen_work, "d", (256, 512, 1024, 2048), 3, "two eigh, 9 d³ each, and 4 triangular d³ solves"),
+    ("eigenproblem", eigen_work, "layers", (2, 4, 8, 16), 1, "one a distinct input"),
+    ("SAdam step", sadam_work, "d", (512, 1024, 2048, 4096), 2, "4 r d²"),
+    ("SAdam step", sadam_work, "rank", (64, 128, 256, 512), 1, "4 r d²"),
+    ("SAdam step", sadam_work, "layers", (2, 4, 8, 16), 1, "4 r d² a parameter"),
+]
+
+
+def scaling(quick):
+    """The exponent p of seconds ∝ size^p, by least squares of the logarithms of the medians."""
+    rows = []
+    for stage, make, what, sizes, power, count in SCALING:
+        sizes = [size // 8 for size in sizes] if quick and what != "layers" else sizes
+        medians = []
+        for size in sizes:
+            work = make(**{what: size})
+            work()
+            medians.append(statistics.median(seconds(work) for _ in range(5)))
+        x, y = (torch.tensor([math.log(v) for v in values], dtype=torch.float64) for values in (sizes, medians))
+        slope = ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+        rows.append({"stage": stage, "grows": what, "sizes": list(sizes), "seconds": [float(f"{m:.3g}") for m in medians], "exponent": round(slope, 2),
+                     "operations": power, "count": count})
+    return rows
+
+
+# ---- a GPU ------------------------------------------------------------------------------------------------------------------------
+
+def peak_of_a_step(shape, method, rank, batch, length, micro, dtype, device):
+    """GB at the peak of two training steps (the second has the moments)."""
+    model = random_model(shape, dtype, device)
+    loss, optimiser = adapted(model, method, rank)
+    texts = examples(model, batch, length)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        train_math.train_step(loss, optimiser, texts, micro)
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def gpu_rows(quick):
+    """The paper's setting on Qwen3-1.7B's shapes. At --quick on a CPU: the same calls at small shapes, but for the memory."""
+    cuda = torch.cuda.is_available()
+    shape, device, dtype = (SMALL if quick else QWEN3), "cuda" if cuda else "cpu", torch.bfloat16
+    rank, length, batch, texts = (8, 32, 8, 16) if quick else (128, 512, 128, 2000)
+    rows = steps(random_model(shape, dtype, device), rank, batch, length, 16, 5, 1.016, 1.005)
+    if cuda:
+        peaks = {method: peak_of_a_step(shape, method, rank, batch, length, 16, dtype, device) for method in ("lora", "folora")}
+        rows += [row("peak memory of that step: FoLoRA / LoRA", [peaks["folora"] / peaks["lora"]], "ratio", 1.148, 1.06),
+                 row("peak memory of that step: FoLoRA", [peaks["folora"]], "GB", 56.9, 30)]
+    model, taken = random_model(shape, dtype, device), {}
+    options = argparse.Namespace(micro_batch_size=16, rank=rank, tau=0.01, passes=1, task_samples=texts)
+    sequences = torch.randint(10, shape["vocab_size"], (texts, length)).tolist()
+    train_math.solve(options, model, sequences, [{"ids": ids} for ids in sequences[:256]], taken)
+    rows += [row(f"covariances of {texts} + {min(256, texts)} x {length} tokens", [taken["covariances"]], "s", 241, 30),
+             row("all eigenproblems", [taken["eigenproblems"]], "s", 28, 15)]
+    tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
+    folora.sample_calibration(model, tokenizer, 4, length // 4, length)
+    took = seconds(lambda: folora.sample_calibration(model, tokenizer, texts, max(32, length // 4), max(40, length), batch_size=256))
+    return rows + [row(f"{texts} generations of {length // 4} to {length} tokens", [took], "s", 1146, 200)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="for the rows on a CPU: hub id or directory")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small shapes, everything once; nothing is written")
+    options = parser.parse_args()
+    model, _ = ev.load_model(options.model, *ev.pick_device("auto", "bfloat16"))
+    batch, length, layers, texts = (4, 32, 2, (8, 32)) if options.quick else (16, 200, 6, (32, 160))
+    rank = 8 if options.quick else 64
+    rows = steps(model, rank, batch, length, 8, options.repetitions, 1.016, 1.03)
+    rows += preparations(options.model, layers, texts, rank, options.repetitions)
+    if torch.cuda.is_available() or options.quick:
+        rows += gpu_rows(options.quick)
+    results = {"model": Path(options.model).name, "torch": torch.__version__, "rows": rows, "scaling": scaling(options.quick)}
+    print_results(results)
+    if not options.quick:
+        (HERE / "bench.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def print_results(results):
+    print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
+    for r in results["rows"]:
+        print(f"| {r['row']} | {r['median']:.4g} {r['unit'] if r['unit'] != 'ratio' else ''} ({r['least']:.4g} to {r['greatest']:.4g}, {r['n']}) | {r['paper'] or ''} | {r['bar'] or ''} |")
+    print("\n| stage | grows with | measured exponent | of the operations |\n|---|---|---|---|")
+    for r in results["scaling"]:
+        print(f"| {r['stage']} | {r['grows']}: {', '.join(map(str, r['sizes']))} | {r['exponent']} | {r['operations']} ({r['count']}) |")
+
+
+if __name__ == "__main__":
+    main()
