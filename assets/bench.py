@@ -16,9 +16,14 @@ import resource
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +34,8 @@ import train_math                                          # noqa: E402
 
 QWEN3 = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, intermediate_size=6144,
              vocab_size=151936, max_position_embeddings=4096, tie_word_embeddings=True)                  # Qwen3-1.7B's shapes
+QWEN2_5 = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, head_dim=128, intermediate_size=8960,
+               vocab_size=151936, max_position_embeddings=4096, tie_word_embeddings=True)                # Qwen2.5-1.5B's
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=128, vocab_size=1000)
 
 
@@ -60,6 +67,10 @@ def row(name, values, unit, paper=None, bar=None):
             "n": len(values), "unit": unit, "paper": paper, "bar": bar, "device": device_name()}
 
 
+def counted(name, gigabytes, paper=None, bar=None, unit="GB"):
+    return {**row(name, [gigabytes], unit, paper, bar), "device": "counted, not measured"}
+
+
 def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
@@ -79,14 +90,12 @@ def examples(model, count, length):
 
 def blank_sites(model, rank):
     """Sites with the right shapes and no preparation: what a step costs does not depend on the numbers in a basis."""
-    one = [{"input_ids": torch.tensor([[1, 2, 3]]), "use_cache": False, "logits_to_keep": 1}]
-    covariances, shared = folora.collect_covariances(model, one), {}
-    for name, C in covariances.items():
-        shared.setdefault(id(C), []).append(name)
-    widths = {id(C): len(C) for C in covariances.values()}
-    device = model.device
-    return [{"modules": names, "A0": torch.randn(rank, widths[key], device=device) / 8, "gamma": torch.rand(widths[key], device=device),
-             "V": torch.eye(widths[key], device=device)} for key, names in shared.items()]
+    groups = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    targets, sites = folora.find_targets(model), []
+    for names in ([n for n in targets if n.startswith(f"model.layers.{i}.") and n.endswith(group)] for i in range(len(model.model.layers)) for group in groups):
+        d, device = targets[names[0]].in_features, model.device
+        sites.append({"modules": names, "A0": torch.randn(rank, d, device=device) / 8, "gamma": torch.rand(d, device=device), "V": torch.eye(d, device=device)})
+    return sites
 
 
 def adapted(model, method, rank):
@@ -116,6 +125,65 @@ def steps(model, rank, batch, length, micro, repetitions, paper, bar):
             row(f"training step, {what}: LoRA again / before (noise)", [b / a for a, b in zip(whole["lora"], whole["lora"][1:])], "ratio"),
             row(f"optimiser step, {what}: FoLoRA - LoRA, share of LoRA's training step",
                 [(a - b) / statistics.median(whole["lora"]) for a, b in zip(own["folora"], own["lora"])], "ratio")]
+
+
+# ---- memory without a GPU: every storage that is alive, counted over tensors that have shapes and no numbers -----------------------
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that are alive, and their greatest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, weakref.WeakKeyDictionary()
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            self.seen[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage.nbytes())
+
+    def gone(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+
+def count_step(shape, method, rank, batch, length, checkpointing):
+    """GB at the peak of two training steps on `batch` x `length` tokens in bfloat16. No fragmentation, no library's workspace."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    # Numbers that are not there cannot be asked whether they are zero: B0.any(), which decides if W_res takes W0's place.
+    with FakeTensorMode(), mock.patch.object(torch.Tensor, "any", lambda tensor: False):
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+        torch.set_default_dtype(torch.float32)
+        _, optimiser = adapted(model, method, rank)
+        train_math.recompute(model, checkpointing)
+        with Alive() as alive:
+            for tensor in (*model.parameters(), *model.buffers(), *(g["basis"] for g in optimiser.param_groups if g.get("basis") is not None)):
+                alive.add(tensor)
+            for _ in range(2):
+                ids = torch.randint(10, 100, (batch, length))
+                states = model.base_model(input_ids=ids, use_cache=False)[0][:, length // 2:-1].flatten(0, 1)      # a label on the second half
+                nll = lambda h, y: torch.nn.functional.cross_entropy(ev.logits_of(model, h), y, reduction="sum")
+                sum(ev.checkpoint(nll, *part, use_reentrant=False) for part in ev.pieces(model, states, ids[:, length // 2 + 1:].flatten())).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+        return alive.peak / 1e9
+
+
+def counts(quick):
+    rows = []
+    for checkpointing in (0, 1):
+        what = "peak memory of a step, Qwen3-1.7B's shapes, rank 128, 16 x 512 tokens" + (", gradient checkpointing" if checkpointing else "")
+        ours, loras = (count_step(SMALL if quick else QWEN3, method, 8 if quick else 128, 16, 32 if quick else 512, checkpointing) for method in ("folora", "lora"))
+        rows += [counted(f"{what}: FoLoRA / LoRA", ours / loras, 1.148, 1.06, "ratio"), counted(f"{what}: FoLoRA", ours, 56.9, 30)]
+    ours = count_step(SMALL if quick else QWEN2_5, "folora", 8 if quick else 128, 16, 32 if quick else 512, 1)
+    return rows + [counted("peak memory of a step, Qwen2.5-1.5B's shapes, the script's defaults: FoLoRA", ours, None, 23.6)]
 
 
 # ---- preparation, each measurement in a process of its own (its peak memory is its own) --------------------------------------------
@@ -274,6 +342,7 @@ def main():
     rank = 8 if options.quick else 64
     rows = steps(model, rank, batch, length, 8, options.repetitions, 1.016, 1.03)
     rows += preparations(options.model, layers, texts, rank, options.repetitions)
+    rows += counts(options.quick)
     if torch.cuda.is_available() or options.quick:
         rows += gpu_rows(options.quick)
     results = {"model": Path(options.model).name, "torch": torch.__version__, "rows": rows, "scaling": scaling(options.quick)}
