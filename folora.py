@@ -137,7 +137,7 @@ class _Gram:
 
     def __init__(self, x):
         self.sum = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-        self.tokens, self.last = 0, None
+        self.tokens, self.last = torch.zeros((), dtype=torch.int64, device=x.device), None
 
     def is_last(self, x):
         # An `id` may be reused once its tensor is gone, and a tensor may be overwritten in place between two layers that read
@@ -150,14 +150,8 @@ class _Gram:
             self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # torch 2.8: products of bf16 are exact in float32
         else:
             self.sum.addmm_(rows.float().mT, rows.float())
-        self.tokens, self.last = self.tokens + len(rows), (weakref.ref(x), x._version)
-
-    def reduce(self):
-        """Add what the other processes saw."""
-        tokens = torch.tensor(self.tokens, device=self.sum.device)
-        dist.all_reduce(self.sum)
-        dist.all_reduce(tokens)
-        self.tokens = tokens.item()
+        self.tokens += len(rows)
+        self.last = weakref.ref(x), x._version
 
 
 def _real_tokens(name, x, mask):
@@ -210,23 +204,22 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     finally:
         for handle in handles:
             handle.remove()
-    for name in targets:
-        _check(name, seen[name], grams.get(name))
-    distinct = dict.fromkeys(grams[name] for name in targets)             # in an order that is the same in every process
-    for gram in distinct if processes()[1] > 1 else ():
-        gram.reduce()
+    distinct = dict.fromkeys(_checked(name, seen[name], grams.get(name)) for name in targets)            # in one order everywhere
+    for total in (total for gram in distinct for total in (gram.sum, gram.tokens) if processes()[1] > 1):
+        dist.all_reduce(total)
     means = {gram: gram.sum.div_(gram.tokens) for gram in distinct}
     return {name: means[grams[name]] for name in targets}
 
 
-def _check(name, tokens, gram):
-    """ValueError unless the layer saw tokens, the same ones in its covariance, and finite ones."""
+def _checked(name, tokens, gram):
+    """The gram; ValueError unless the layer saw tokens, the same ones as its gram, and finite ones."""
     if not tokens:
         raise ValueError(f"no token reached {name}: give at least one batch, and text that uses every target layer")
     if tokens != gram.tokens:                              # grouped on the first call, apart (or called again) later
         raise ValueError(f"{name} shared its input with another layer in some calls but not in all, or read it twice: leave it out")
     if not torch.isfinite(gram.sum).all():
         raise ValueError(f"the inputs of {name} are not finite: overflow in float16? Load the model in bfloat16 or float32")
+    return gram
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,24 +516,16 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
     for i, stack in enumerate(stacks):
         if i % world == process:
             pre, task = (_unit_scale(torch.stack([C[names[0]] for names in stack])) for C in (C_pre, C_task))   # (sites, d_in, d_in)
-            solved[i] = (null_space(pre, rank), *generalized_eigenbasis(task, pre, tau))
+            solved[i] = null_space(pre, rank), *generalized_eigenbasis(task, pre, tau)
         if progress:
             progress(len(stack))
     for i, stack in enumerate(stacks):
-        solution = _broadcast(solved.pop(i, None), i % world, C_pre[stack[0][0]], len(stack), rank) if world > 1 else solved.pop(i)
-        sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in zip(stack, *solution)]
+        solution = [solved.pop(i, None)]
+        if world > 1:                                      # to all: two eigensolvers may return two bases where γ repeats
+            solution = [tuple(tensor.cpu() for tensor in solution[0] or ())]         # an object arrives on the device it was sent from
+            dist.broadcast_object_list(solution, i % world)
+        sites += [{"modules": names, "A0": a.clone(), "gamma": g.clone(), "V": v.clone()} for names, a, g, v in zip(stack, *solution[0])]
     return sites
-
-
-def _broadcast(solution, owner, C, sites, rank):
-    """(A0, gamma, V) of a stack, from the process that solved it to all. Two eigensolvers may return two bases where γ repeats, so that
-    A would move apart: one solves, all take its basis."""
-    d = len(C)
-    solution = solution or (C.new_empty(sites, rank, d), C.new_empty(sites, d), C.new_empty(sites, d, d))
-    solution = [tensor.contiguous() for tensor in solution]
-    for tensor in solution:
-        dist.broadcast(tensor, owner)
-    return solution
 
 
 def split_layers(names, passes):

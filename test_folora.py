@@ -1280,16 +1280,25 @@ def test_the_report_draws_what_has_been_measured(experiments, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib for the figures")
     with pytest.raises(SystemExit, match="no measurement"):
         experiments.report()
-    score = {"gsm8k": 10.0, "facts": 50.0, "sort": 50.0, "reverse": 50.0, "sums": 50.0, "drift": 0.1, "Avg1": 50.0}
-    runs = [{"flags": flags, "change": None, "seed": seed, "scores": {**score, "gsm8k": 10.0 * i + seed, "drift": 0.1 * (i + 1)}}
+    score = {"gsm8k": 10.0, "facts": 50.0, "sort": 50.0, "reverse": 50.0, "sums": 50.0, "drift": 0.1, "Avg1": 50.0, "nll": 2.0}
+    runs = [{"flags": flags, "change": None, "seed": seed, "scores": {**score, "gsm8k": 10.0 * i + seed, "nll": 1 - 0.1 * i, "drift": 0.1 * (i + 1)}}
             for label in ("LoRA", "FoLoRA, tuned") for i, (_, flags) in enumerate(experiments.front(label, "tiny")) for seed in (0, 2)]
     (tmp_path / "tiny.json").write_text(json.dumps({"untouched": score, "runs": runs}))
     experiments.report()
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("| LoRA | 8e-3 | 31.0 ± 1.4 | 0.400 ± 0.000 | 50.0 ± 0.0 |") for line in lines) and (tmp_path / "tradeoff.png").exists()
+    assert any(line.startswith("| LoRA | 8e-3 | 0.7000 ± 0.0000 | 0.4000 ± 0.0000 | 50.0 ± 0.0 | 31.0 ± 1.4 | 0.4000 | 50.0 |") for line in lines) and (tmp_path / "tradeoff.png").exists()
 
 
 # ---- the README -----------------------------------------------------------------------------------------------------
+
+def test_memory_is_counted_to_the_bases():
+    """FoLoRA's step holds LoRA's and the bases, in bfloat16, and for a moment one of them in float32."""
+    from assets import bench
+    shape = bench.SMALL
+    bases = shape["num_hidden_layers"] * (2 * shape["hidden_size"] ** 2 + (shape["num_attention_heads"] * shape["head_dim"]) ** 2 + shape["intermediate_size"] ** 2)
+    more = bench.count_step(shape, "folora", 8, 8, 64, 0) - bench.count_step(shape, "lora", 8, 8, 64, 0)
+    assert 1e9 * more == pytest.approx(2 * bases, rel=0.05)
+
 
 def test_the_readmes_python_runs():
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)

@@ -493,14 +493,17 @@ def run(options):
     with stage(seconds, "score tuned"):
         reference = ev.load_model(options.model, model.device, model.dtype)[0] if "drift" in tasks else None
         after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    if process:
-        return
-    peak = peak_memory(model.device)
+    if process == 0:
+        finish(options, out, seconds, before, after, peak_memory(model.device))
+
+
+def finish(options, out, seconds, before, after, peak):
+    """summary.json and the table; what a resumed run would have needed goes."""
     scores = {"untouched": {**before, **ev.summarise(before, before)}, "tuned": {**after, **ev.summarise(after, before)}}
     (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
-    for finished in (prepared, out / "checkpoint.pt"):
-        finished.unlink()
-    if tasks:
+    for name in ("prepared.pt", "checkpoint.pt"):
+        (out / name).unlink()
+    if before:
         print(ev.table({"untouched": before, options.method: after}))
     print(f"{out}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; peak memory {peak:.1f} GB")
 

@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -210,8 +209,8 @@ def prepare_corda(name, layers, texts, rank):
 
     @torch.no_grad()
     def forward():
-        for batch in ev.by_length(sequences, 8):
-            model(**{k: v for k, v in ev.collate(batch, model.device).items() if k != "labels"}, use_cache=False, logits_to_keep=1)
+        for ids in sequences:                              # PEFT's hooks take one text at a time
+            model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
     config = LoraConfig(r=rank, init_lora_weights="corda", target_modules=list(folora.TARGET_MODULES), corda_config=CordaConfig(corda_method="kpm"))
     return lambda: preprocess_corda(model, config, run_model=forward)
 
@@ -219,9 +218,24 @@ def prepare_corda(name, layers, texts, rank):
 def child(make, arguments, pipe):
     torch.manual_seed(0)
     work = make(*arguments)
-    peak = lambda: torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    reset_peak()
     before = peak()
     pipe.send((seconds(work), peak() - before))
+
+
+def reset_peak():
+    """From here on, the peak is the present. On a CPU by Linux's own counter: VmHWM."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak():
+    """GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 1e6
 
 
 def in_a_process(make, *arguments):
