@@ -354,7 +354,7 @@ def score_webqs(model, tokenizer, rows, source, task):
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     choices = [[tokenizer(f"{p} {a}")["input_ids"][n:] for a in shortest_prefixes(answers_of(row, source, i))]
                for i, (p, n, row) in enumerate(zip(prompts, lengths, rows), 1)]
-    longest = max(len(c) for options in choices for c in options)
+    longest = max((len(c) for options in choices for c in options), default=1)
     texts = greedy(model, tokenizer, prompts, longest, desc=task)
     return [float(any(text[:len(c)] == c for c in options)) for text, options in zip(texts, choices)]
 
@@ -368,7 +368,8 @@ def score_math(model, tokenizer, rows, source, task):
     if task == "gsm8k":
         return [float(final_number(text) is not None and final_number(text) == final_number(answer)) for text, (_, answer) in zip(texts, pairs)]
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
-    return [float(is_equiv(text.rpartition("The answer is:")[2].strip().rstrip("."), boxed(answer))) for text, (_, answer) in zip(texts, pairs)]
+    found = [until(text.rpartition("The answer is:")[2], ("\n", "### Instruction", "Question:")).rstrip(".") if "The answer is:" in text else "" for text in texts]
+    return [float(bool(answer) and is_equiv(answer, boxed(solution))) for answer, (_, solution) in zip(found, pairs)]
 
 
 SCORERS = {"gsm8k": score_math, "math": score_math, "webqs": score_webqs}          # the rest: score_questions
@@ -390,6 +391,9 @@ def load_tasks(names, limit=None):
         _, source, config, split = TASKS[name]
         source = path or source
         tasks[name] = (read_rows(source, config, split, limit) if source else None, source)
+    for number, (_, answer) in enumerate(to_pairs(*tasks["gsm8k"]) if "gsm8k" in tasks else (), 1):
+        if final_number(answer) is None:
+            sys.exit(f"{tasks['gsm8k'][1]}, line {number}: its answer has no number after #### or \"The answer is:\"")
     return tasks
 
 
@@ -511,7 +515,7 @@ def main():
     for name in options.models:
         resolve_model(name)                                # a name that is wrong should not show after the first model's hour
     runs = [run_options(name) for name in options.models]
-    first, bases = next(filter(None, runs), {}), [run.get("model") for run in runs]      # a run is scored as it scored itself
+    first, bases = next(filter(None, runs), {}), [run.get("model") for run in runs]      # a run: in its dtype, on its held-out text
     device, dtype = pick_device(options.device, options.dtype or first.get("dtype", "auto"))
     length = options.max_new_tokens or min(256, first.get("calibration_max_tokens", 256))
     tasks = load_tasks(options.tasks if options.tasks is not None else default_tasks(bases[0] or options.models[0]), options.limit)

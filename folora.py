@@ -9,8 +9,8 @@ pretraining text is sampled from the model itself: the closer its conditionals a
 its text is to that data (Theorem 3.1).
 
     paper                                    here
-    3.1  forgetting and utility, Eq. 5-10    collect_covariances
-    3.2  generalized eigenbasis, Eq. 11-17   generalized_eigenbasis
+    3.1  forgetting and utility, Eq. 5-7     collect_covariances
+    3.2  generalized eigenbasis, Eq. 8-17    generalized_eigenbasis
     3.3  spectral-gated Adam, Eq. 18-24      spectral_gate, SAdam
     3.4  model-generated text, Eq. 27, B.4   reject_reason, sample_calibration
     B.3  null-space start, Eq. 3             null_space, LoRALinear
@@ -43,20 +43,22 @@ Use it on any model with nn.Linear layers (name them in target_modules if they a
 Move and cast the model before `prepare`. Save it merged: lora_A and lora_B alone belong to W_res and not to W0. Under
 torch.distributed give each process its share of both texts: all get the same covariances and bases, and each solves its share.
 
-Where the paper is silent, or we leave it. Figures: SmolLM2-135M in bfloat16, rank 32, 40 steps of 8 GSM8K examples, as NLL of test
-solutions / KL from the untouched model, nat per token, 3 seeds unless it says one. What has no figure is not measured yet.
+Where the paper is silent, or we leave it. Figures: SmolLM2-135M-Instruct (dequantised from 4 bits) in bfloat16, rank 32, 40 steps of
+8 GSM8K examples, as NLL of test solutions / KL from the untouched model, nat per token, 3 seeds unless it says one. What has no
+figure is not measured yet.
  1. Scale. With sums over tokens γ would depend on the numbers of tokens, and so would the length of V's columns, which is the
     step of A. `decompose` divides each covariance by its mean eigenvalue, trace / d_in. γ then compares *shares* of energy: where
     a direction has the share c of both texts' energy (1: an average direction), γ = c / (c + τ), so 1 far above τ and 0 far below.
     One huge direction, as the first token makes in some layers, raises the mean and pushes all others towards τ.
- 2. τ = 0.01, relative to that mean eigenvalue. No column of V is longer than 1/√τ, so a step of one eigen-coordinate moves A by
-    10 lr at most. A smaller τ would let A run into directions that the calibration text merely happened to miss.
+ 2. τ = 0.01, relative to that mean eigenvalue. No column of V is longer than 1/√τ, so Adam's step, about lr, in one
+    eigen-coordinate moves a row of A by about 10 lr at most. A smaller τ would let A run into directions that the calibration text
+    merely happened to miss.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours. With
     it the paper's setting gives 1.055 / .0173, and its start under plain Adam 1.040 / .0663. Without a floor (s_min = 0), at
-    λ = 3, zero_start (see 5), lr = 3e-3 and lr_a = 1e-3 it is 1.038 / .0076: the preset `tuned` of train_math.py.
+    λ = 3, zero_start (see 5), lr = 3e-3 and lr_a = 1e-3 it is 1.038 / .0075: the preset `tuned` of train_math.py.
  4. κ = 1 unless `alpha` is given.
  5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model:
-    a KL of .0024 before the first step, .0020 of it merged (seed 0; LoRA-Null, MiLoRA and CorDA the same).
+    a KL of .0024 before the first step (.0020 if merged at once; seed 0; LoRA-Null, MiLoRA and CorDA the same).
     `zero_start=True` keeps W0 and starts with B = 0 from the same A0: exact at step 0 in every dtype, at the same cost. It is
     not the paper's start, so it is off by default.
  6. C_task is taken over whole examples, prompts and responses: adapters act on both.
@@ -68,8 +70,8 @@ solutions / KL from the untouched model, nat per token, 3 seeds unless it says o
     on for ever, on a model whose text never passes.
 
 Left out: other methods' hard projections, dense-weight SAdam with a truncated basis (Appendix D), weight decay and dropout (the
-paper uses neither), quantised base weights, convolutions, models spread over several devices, encoder-decoders with their two
-masks, and code that reads .weight of a wrapped layer.
+paper uses neither), quantised base weights, convolutions, one process's model spread over several devices, encoder-decoders with
+their two masks, and code that reads .weight of a wrapped layer.
 """
 import functools
 import hashlib
@@ -146,7 +148,7 @@ class _Gram:
 
     def add(self, x, rows):
         """C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in). In float32: bf16 sums would lose everything past 256 terms."""
-        if rows.is_cuda and rows.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads():
             self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # torch 2.8: products of bf16 are exact in float32
         else:
             self.sum.addmm_(rows.float().mT, rows.float())
@@ -395,7 +397,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress        called with 1 for each sample that passes, such as `tqdm(total=num_samples).update`
     returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed, batch_size,
                     dtype and device
-    RuntimeError    the first GIVE_UP samples are all rejected, or later num_samples in a row; the message counts the reasons
+    RuntimeError    the first GIVE_UP samples are all rejected, or later GIVE_UP and num_samples in a row; it counts the reasons
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"need 0 < min_new_tokens <= max_new_tokens, not {min_new_tokens} and {max_new_tokens}")
@@ -417,7 +419,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
             return progress and progress(1)
         rejected[reason] += 1
         in_a_row += 1
-        if in_a_row >= (num_samples if kept else 0) and in_a_row >= GIVE_UP:     # one bad decoding of three is no reason
+        if in_a_row >= max(num_samples if kept else 0, GIVE_UP):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in rejected.most_common())
             raise RuntimeError(f"the model only produces text that the screen rejects ({reasons}); {len(kept)} of {num_samples} passed")
 
@@ -450,7 +452,7 @@ class LoRALinear(nn.Module):
 
     A0, B0          neither: LoRA's start, A Kaiming-uniform, B = 0. A0 alone (rank, d_in): B.3's, B0 = κ⁻¹ W0 A0ᵀ. Both: as given.
     Whatever the start, W_res = W0 - κ B0 A0 takes W0's place, so that the layer computes what it did before, up to rounding in
-    W0's dtype. A and B are float32 in every case, and cast to the input's dtype where they are applied.
+    W0's dtype (in float32, if W0 is float64). A and B are float32 in every case, and cast to the input's dtype where they are applied.
     """
 
     def __init__(self, base_layer, rank, alpha=None, A0=None, B0=None):
@@ -570,8 +572,9 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
 
-    Beside the model it holds the bases, Σ d_in² numbers over distinct inputs in the model's dtype (11 GB for LLaMA-2-7B), twice that in
-    float32 while it runs, and then both covariances, 8 Σ d_in² / passes bytes.
+    Memory beside the model, with S = Σ d_in² over distinct inputs (5.6e9 for LLaMA-2-7B): the bases, in the model's dtype, for as long as
+    one trains. While it runs, the bases in float32, 4 S bytes, and with them first both covariances, 8 S / passes, at last the bases in
+    the model's dtype.
     """
     targets = find_targets(model, target_modules, rank)
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):

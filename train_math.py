@@ -8,7 +8,7 @@
 
 The run is kept in --out: config.json (every option as resolved, versions), metrics.jsonl, summary.json (scores, seconds of each
 stage, peak memory), merged/ (a plain Hugging Face checkpoint). The same command with the same --out goes on where an interrupted
-run was last saved, and ends with the same numbers. A line of metrics.jsonl:
+run was last saved, and ends with the same numbers (on a GPU: up to rounding). A line of metrics.jsonl:
 
     step             optimiser steps done             loss        mean NLL of the batch's response tokens before the step, nat
     lr               of B, at that step               grad_norm   of all gradients together, before clipping at 1
@@ -29,12 +29,12 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+if int(os.environ.get("RANK", 0)):                         # one bar for all processes: tqdm reads this when it, or torch, is imported
+    os.environ["TQDM_DISABLE"] = "1"
+
 import torch
 import torch.nn.utils.parametrize
 import transformers
-
-if int(os.environ.get("RANK", 0)):                         # one bar for all processes; tqdm reads this when it is imported
-    os.environ["TQDM_DISABLE"] = "1"
 from tqdm import tqdm
 
 import eval as ev
@@ -84,7 +84,7 @@ class Complement(torch.nn.Module):
     def __init__(self, Q, dim):
         super().__init__()
         self.dim = dim
-        self.register_buffer("Q", Q)
+        self.register_buffer("Q", Q.clone())               # Q is a view of all of U or V
 
     def forward(self, factor):
         return factor - self.Q @ (self.Q.mT @ factor) if self.dim == 0 else factor - (factor @ self.Q) @ self.Q.mT
@@ -133,7 +133,7 @@ OPTIONS = {
     "zero_start": (0, None, "paper", "1: B starts at zero and W0 stays; 0: the paper's residual start"),
     "epochs": (3, 2, "ours", "passes over the data (paper: 1)"),
     "warmup": (0.03, None, "paper", "share of the steps in which the learning rate rises; then cosine to zero"),
-    "max_steps": (None, None, "ours", "stop there, with the cosine ending there too"),
+    "max_steps": (None, None, "ours", "so many steps, whatever --epochs says; the cosine ends there"),
     "max_samples": (100_000, 3200, "paper", "the first N examples of the data"),
     "batch_size": (128, 32, "paper", "examples a step"),
     "micro_batch_size": (16, 8, "paper", "examples a forward pass: lower it if memory runs out"),
@@ -190,6 +190,8 @@ def check_ranges(parser, options):
     for name, low in least.items():
         if options[name] is not None and not options[name] >= low:
             parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
+    if options["seed"] == ev.HELD_OUT_SEED:
+        parser.error(f"--seed {ev.HELD_OUT_SEED} is the held-out text's")
     if options["warmup"] > 1:
         parser.error(f"--warmup is a share of the steps, from 0 to 1, not {options['warmup']}")
 
@@ -223,10 +225,10 @@ def save(value, path):
     path.with_suffix(".part").replace(path)
 
 
-def check_disk(out, model, rank):
+def check_disk(out, model, rank, bases):
     """Stop now, with one line, rather than hours later: the run writes the bases, checkpoints, and the merged model."""
     widths = [m.in_features for m in folora.find_targets(model, rank=rank).values()]
-    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * sum(d * d for d in widths) + 48 * rank * sum(widths)
+    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 48 * rank * sum(widths) + 4 * bool(bases) * sum(d * d for d in widths)
     free = shutil.disk_usage(out).free
     if free < need:
         sys.exit(f"{out}: the run writes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give an --out on a larger disk")
@@ -443,9 +445,10 @@ def load(options):
 
 def start_processes(options):
     """Join torchrun's processes: each with its own GPU, all with one --out."""
-    torch.distributed.init_process_group(timeout=timedelta(days=1))         # one process may write text for longer than another
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"      # sums of scores are on the CPU
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))     # one process may write text for longer than another
     world, local = folora.processes()[1], int(os.environ["LOCAL_RANK"])
-    for name in ("batch_size", "calibration_samples", "task_samples"):
+    for name in ("batch_size", "calibration_samples", "task_samples", "eval_samples"):
         if getattr(options, name) < world:
             sys.exit(f"--{name.replace('_', '-')} {getattr(options, name)}: {world} processes need at least {world}")
     if options.device in ("auto", "cuda") and torch.cuda.is_available():
@@ -462,7 +465,7 @@ def run(options):
     seconds, needs, out, process = {}, METHODS[options.method][1], Path(options.out), folora.processes()[0]
     if process == 0:
         open_run(options)
-        check_disk(out, model, options.rank)
+        check_disk(out, model, options.rank, needs and not (out / "prepared.pt").exists())
     prepared = out / "prepared.pt"
     resumed = prepared.exists()
     ev.mean(0, 1)                                          # all wait for all: the first process will write that file
@@ -511,7 +514,7 @@ def finish(options, out, seconds, before, after, peak):
 def peak_memory(device):
     """GB: of the GPU, else of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6) if resource else 0.0
 
 
