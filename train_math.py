@@ -126,7 +126,7 @@ OPTIONS = {
     "rank": (128, 32, "paper", "adapter rank"),
     "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
     "lr": (3e-4, 6e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
-    "lr_a": (None, None, "ours", "learning rate of A; none: the same (tuned: in the preset's proportion)"),
+    "lr_a": (None, None, "ours", "learning rate of A; none: the same"),
     "lam": (1.0, None, "paper", "lambda, the gate's sharpness"),
     "s_min": (0.3, None, "paper", "the gate's floor"),
     "tau": (0.01, None, "ours", "ridge, relative to the mean eigenvalue of C_pre"),
@@ -153,7 +153,7 @@ OPTIONS = {
     "device": ("auto", None, "ours", "cuda, cpu, or auto: cuda if there is one"),
     "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
 }
-TUNED = {"lam": 3.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3, "lr_a": 1e-3}
+TUNED = {"lam": 30.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3}
 CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1), "gradient_checkpointing": (0, 1)}
 PLACES = {"out", "micro_batch_size", "gradient_checkpointing", "passes"}                       # a resumed run may change these; another device has other singular vectors
 
@@ -174,8 +174,6 @@ def parse_options(arguments=None):
         options.update(TUNED)
     options.update(given)
     options["out"] = options["out"] or f"runs/{Path(options['model']).name}-{options['method']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if given.get("preset") == "tuned" and "lr" in given and "lr_a" not in given:
-        options["lr_a"] = given["lr"] * TUNED["lr_a"] / TUNED["lr"]                       # the preset is a ratio of the two
     options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
     if options["method"] != "folora" and (options["update_a"] == "gated" or options["preset"] != "paper"):
         parser.error(f"--update-a gated and --preset tuned are FoLoRA's, not --method {options['method']}'s")
