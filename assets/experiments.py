@@ -179,7 +179,7 @@ ABLATIONS = {
 
 SOURCES = {"sampled from the model": None, "the true pretraining distribution": "biography,quiz,exercise,drill,story", "facts only": "biography"}
 BUDGETS = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (16, 128)}       # tokens: (texts, tokens each); down_proj's d_in is 512
-SCREENING, SEEDS = (0,), (0, 1, 2)                         # the ends of a front; its middle, and everything else
+SEEDS = (0, 1, 2)                                          # of each front's best learning rate; everything else has the first
 SUITE = {
     "tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 1000 --tasks gsm8k=tiny/test.jsonl,nll=tiny/test.jsonl,facts,sort,reverse,sums,drift",
     "smollm2": "--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 --passes 1 "
@@ -194,13 +194,15 @@ def front(label, suite):
     return [(lr, [*flags, "--lr", lr]) for lr in rates[suite == "smollm2"]]
 
 
-def fronts(suite):
-    """The runs behind the fronts: the ends with one seed, the middle with three."""
-    runs = []
-    for label in FRONTS:
-        lines = front(label, suite)
-        runs += [(flags, None, seed) for i, (_, flags) in enumerate(lines) for seed in (SEEDS if 0 < i < len(lines) - 1 else SCREENING)]
-    return sorted(runs, key=lambda run: run[2])            # all methods with the first seed first
+def screening(suite):
+    """Every learning rate of every front, with the first seed."""
+    return [(flags, None, 0) for label in FRONTS for _, flags in front(label, suite)]
+
+
+def best(results, suite):
+    """The other seeds of each front's learning rate with the lowest NLL."""
+    found = [min(front(label, suite), key=lambda rate: points(results, rate[1])["nll"][0])[1] for label in FRONTS]
+    return [(flags, None, seed) for seed in SEEDS[1:] for flags in found]
 
 
 def ablations(suite):
@@ -245,9 +247,11 @@ def main():
         write_sources()
     else:
         suite += ["--model", options.model, "--data", options.data, "--tasks", "nll" + f"={options.test}" * bool(options.test) + ",drift"]
-    wanted = {"fronts": lambda: fronts(name), "ablations": lambda: [(*run, seed) for seed in SEEDS for run in ablations(name).values()],
-              "sources": lambda: [(flags, None, seed) for seed in SEEDS for flags in sources().values()] if name == "tiny" else []}
-    results = run_all(name, suite, [run for part in wanted if options.only in (None, part) for run in wanted[part]()], options.workers)
+    parts = {"fronts": screening(name), "ablations": [(*run, 0) for run in ablations(name).values()],
+             "sources": [(flags, None, 0) for flags in sources().values()] if name == "tiny" else []}
+    results = run_all(name, suite, [run for part in parts if options.only in (None, part) for run in parts[part]], options.workers)
+    if options.only in (None, "fronts"):
+        results = run_all(name, suite, best(results, name), options.workers)
     if name == "smollm2" and "spectrum" not in results:
         results["spectrum"] = spectrum(suite)
         write(results, HERE / f"{name}.json")
