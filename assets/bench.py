@@ -106,8 +106,16 @@ def adapted(model, method, rank):
     return train_math.SummedNLL(model), torch.optim.AdamW(groups, weight_decay=0.0, **({"fused": True} if model.device.type == "cuda" else {"foreach": True}))
 
 
-def steps(model, rank, batch, length, micro, repetitions, paper, bar):
+def floor(model, rank, tokens):
+    """FoLoRA's operations / LoRA's, at least: 4 r d_in² a projection for G V and ΔĀ Vᵀ, beside 4 a weight and token for forward and backward."""
+    more = sum(4 * rank * module.in_features ** 2 for module in folora.find_targets(model).values())
+    return 1 + more / (4 * sum(p.numel() for p in model.parameters()) * tokens)
+
+
+def steps(model, name, rank, batch, length, micro, repetitions, paper, bar):
     """A training step and its optimiser's part, FoLoRA / LoRA."""
+    what = f"{name}, rank {rank}, {batch} x {length} tokens"
+    least = floor(model, rank, batch * length)
     texts, works, optimisers = examples(model, batch, length), {}, {}
     for method in ("lora", "folora"):
         loss, optimiser = adapted(copy.deepcopy(model), method, rank)
@@ -118,8 +126,7 @@ def steps(model, rank, batch, length, micro, repetitions, paper, bar):
         for p in (p for group in optimiser.param_groups for p in group["params"]):
             p.grad = torch.randn_like(p)
     own = alternate({name: optimiser.step for name, optimiser in optimisers.items()}, max(5, repetitions), "optimisers")
-    what = f"rank {rank}, {batch} x {length} tokens"
-    return [row(f"training step, {what}: FoLoRA / LoRA", [a / b for a, b in zip(whole["folora"], whole["lora"])], "ratio", paper, bar),
+    return [row(f"training step, {what}: FoLoRA / LoRA (by operations: {least:.3f})", [a / b for a, b in zip(whole["folora"], whole["lora"])], "ratio", paper, bar),
             row(f"training step, {what}: LoRA", whole["lora"], "s"),
             row(f"training step, {what}: LoRA again / before (noise)", [b / a for a, b in zip(whole["lora"], whole["lora"][1:])], "ratio"),
             row(f"optimiser step, {what}: FoLoRA - LoRA, share of LoRA's training step",
@@ -310,6 +317,11 @@ def scaling(quick):
     return rows
 
 
+NEEDS_A_GPU = [("training step on an H100, Qwen3-1.7B's shapes, rank 128, 128 x 512 tokens: FoLoRA / LoRA", 1.016, 1.005),
+               ("covariances of 2000 x 512 tokens there, s", 241, 30), ("all eigenproblems there, s", 28, 15),
+               ("2000 generations of 128 to 512 tokens there, s", 1146, 200)]
+
+
 # ---- a GPU ------------------------------------------------------------------------------------------------------------------------
 
 def peak_of_a_step(shape, method, rank, batch, length, micro, dtype, device):
@@ -328,7 +340,7 @@ def gpu_rows(quick):
     cuda = torch.cuda.is_available()
     shape, device, dtype = (SMALL if quick else QWEN3), "cuda" if cuda else "cpu", torch.bfloat16
     rank, length, batch, texts = (8, 32, 8, 16) if quick else (128, 512, 128, 2000)
-    rows = steps(random_model(shape, dtype, device), rank, batch, length, 16, 5, 1.016, 1.005)
+    rows = steps(random_model(shape, dtype, device), "Qwen3-1.7B's shapes", rank, batch, length, 16, 5, 1.016, 1.005)
     if cuda:
         peaks = {method: peak_of_a_step(shape, method, rank, batch, length, 16, dtype, device) for method in ("lora", "folora")}
         rows += [row("peak memory of that step: FoLoRA / LoRA", [peaks["folora"] / peaks["lora"]], "ratio", 1.148, 1.06),
@@ -354,11 +366,13 @@ def main():
     model, _ = ev.load_model(options.model, *ev.pick_device("auto", "bfloat16"))
     batch, length, layers, texts = (4, 32, 2, (8, 32)) if options.quick else (16, 200, 6, (32, 160))
     rank = 8 if options.quick else 64
-    rows = steps(model, rank, batch, length, 8, options.repetitions, 1.016, 1.03)
+    rows = steps(model, Path(options.model).name, rank, batch, length, 8, options.repetitions, 1.016, 1.03)
     rows += preparations(options.model, layers, texts, rank, options.repetitions)
     rows += counts(options.quick)
     if torch.cuda.is_available() or options.quick:
         rows += gpu_rows(options.quick)
+    else:
+        rows += [{"row": name, "median": None, "paper": paper, "bar": bar, "device": "not measured: no CUDA GPU"} for name, paper, bar in NEEDS_A_GPU]
     results = {"model": Path(options.model).name, "torch": torch.__version__, "rows": rows, "scaling": scaling(options.quick)}
     print_results(results)
     if not options.quick:
@@ -368,6 +382,9 @@ def main():
 def print_results(results):
     print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
     for r in results["rows"]:
+        if r["median"] is None:
+            print(f"| {r['row']} | {r['device']} | {r['paper'] or ''} | {r['bar'] or ''} |")
+            continue
         print(f"| {r['row']} | {r['median']:.4g} {r['unit'] if r['unit'] != 'ratio' else ''} ({r['least']:.4g} to {r['greatest']:.4g}, {r['n']}) | {r['paper'] or ''} | {r['bar'] or ''} |")
     print("\n| stage | grows with | measured exponent | of the operations |\n|---|---|---|---|")
     for r in results["scaling"]:
