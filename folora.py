@@ -489,7 +489,7 @@ class LoRALinear(nn.Module):
 # The recipe
 # ---------------------------------------------------------------------------------------------------------------------
 
-STACK = 2 ** 24            # matrix entries that are decomposed at a time: small layers in stacks, large ones alone
+STACK = 2 ** 22            # matrix entries that are decomposed at a time: small layers in stacks, large ones alone
 
 
 def _unit_scale(C):
