@@ -55,7 +55,7 @@ figure is not measured yet.
     merely happened to miss.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours. With
     it the paper's setting gives 1.055 / .0173, and its start under plain Adam 1.040 / .0663. Without a floor (s_min = 0), at
-    λ = 30, zero_start (see 5) and lr = 3e-3 it is 1.041 / .0061 (seed 0): the preset `tuned` of train_math.py.
+    λ = 30, zero_start (see 5) and lr = 3e-3 it is 1.040 / .0060: the preset `tuned` of train_math.py.
  4. κ = 1 unless `alpha` is given.
  5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model:
     a KL of .0024 before the first step (.0020 if merged at once; seed 0; LoRA-Null, MiLoRA and CorDA the same).

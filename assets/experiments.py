@@ -40,7 +40,7 @@ PREPARING = ("rank", "tau", "calibration", "calibration_samples", "calibration_m
 
 def gate_after(optimizer, model, sites):
     """Adam's moments in A's own coordinates, the gate applied to its step: ΔA = Adam's step · V⁻ᵀ diag(s̃) Vᵀ."""
-    groups = [(g, torch.linalg.inv(g["basis"].double()).mT.float() * g["gate"] @ g["basis"].mT) for g in optimizer.param_groups if g["basis"] is not None]
+    groups = [(g, torch.linalg.inv(g["basis"].double()).mT.float() * g["gate"] @ g["basis"].mT.float()) for g in optimizer.param_groups if g["basis"] is not None]
     before = {}
     for group, _ in groups:
         group["basis"] = group["gate"] = None
@@ -142,10 +142,13 @@ def run_all(name, suite, wanted, workers):
             results["untouched"] = pool.submit(untouched, suite).result()
         for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"{name}: prepare"):
             job.result()
-        jobs = [pool.submit(run, suite, *what) for what in wanted]
+        jobs, failed = [pool.submit(run, suite, *what) for what in wanted], None
         for job in tqdm(as_completed(jobs), total=len(jobs), desc=f"{name}: runs"):
-            results["runs"].append(job.result())
+            failed = job.exception() or failed
+            results["runs"] += [job.result()] if job.exception() is None else []
             write(results, path)
+    if failed:                                             # only now: what the others found is kept
+        raise failed
     return results
 
 
