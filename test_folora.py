@@ -1061,7 +1061,9 @@ def torchrun(*command):
 def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
     """torchrun, gloo, float32, the same global batch: the same losses, scores and merged weights. From one prepared.pt, because covariances that
     differ in their last digit, as two sums of the same tokens do, have other null spaces."""
-    arguments = [*FAST, "--tasks", f"sums,nll={ev.TINY / 'test.jsonl'},drift", "--calibration-samples", "6", "--eval-samples", "8"]
+    facts = [{**row, "answer": row["answer"] if i % 3 else "x"} for i, row in enumerate(ev.read_rows(str(ev.TINY / "facts.jsonl"), limit=4))]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in facts))
+    arguments = [*FAST, "--tasks", f"facts={tmp_path / 'half.jsonl'},nll={ev.TINY / 'test.jsonl'},drift", "--calibration-samples", "6"]
     real = train_math.train
     monkeypatch.setattr(train_math, "train", lambda *args: shutil.copytree(tmp_path / "one", tmp_path / "two") and real(*args))
     train_math.main([*arguments, "--out", str(tmp_path / "one")])
