@@ -55,7 +55,8 @@ figure is not measured yet.
     merely happened to miss.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours. With
     it the paper's setting gives 1.055 / .0173, and its start under plain Adam 1.040 / .0663. Without a floor (s_min = 0), at
-    λ = 30, zero_start (see 5) and lr = 3e-3 it is 1.040 / .0060: the preset `tuned` of train_math.py.
+    λ = 30, zero_start (see 5) and lr = 3e-3 it is 1.040 / .0060: the preset `tuned` of train_math.py,
+    which was searched for on these very solutions and texts.
  4. κ = 1 unless `alpha` is given.
  5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model:
     a KL of .0024 before the first step (.0020 if merged at once; seed 0; LoRA-Null, MiLoRA and CorDA the same).
@@ -397,7 +398,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress        called with 1 for each sample that passes, such as `tqdm(total=num_samples).update`
     returns         num_samples 1-D LongTensors on the CPU, BOS first, in random order; the same ones for the same seed, batch_size,
                     dtype and device
-    RuntimeError    the first GIVE_UP samples are all rejected, or later GIVE_UP and num_samples in a row; it counts the reasons
+    RuntimeError    the first GIVE_UP samples are all rejected, or later max(GIVE_UP, num_samples) in a row; it counts the reasons
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"need 0 < min_new_tokens <= max_new_tokens, not {min_new_tokens} and {max_new_tokens}")
