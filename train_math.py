@@ -525,14 +525,14 @@ def main(arguments=None):
         if folora.processes()[1] > 1:
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
-        goes_on = options.out and (Path(options.out) / "prepared.pt").exists()
+        goes_on = (Path(options.out) / "prepared.pt").exists()
         sys.exit(f"interrupted: the same command with --out {options.out} goes on from the last checkpoint" if goes_on else "interrupted; nothing to go on from yet")
     except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}): lower --micro-batch-size, then --max-length or --rank")
     except ValueError as error:                            # folora's own messages: one line each
         sys.exit(str(error))
     except (OSError, RuntimeError) as error:               # torch.save and safetensors have their own types for a full disk
-        where = Path(options.out or ".")
+        where = Path(options.out)
         if "the screen rejects" in str(error):             # sample_calibration gave up
             sys.exit(str(error))
         if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(where if where.exists() else ".").free > 2 ** 20:
