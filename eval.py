@@ -265,10 +265,10 @@ def drift(model, reference, texts, batch_size=4):
     return mean(total, count)
 
 
-def held_out(model, tokenizer, max_new_tokens, samples=HELD_OUT_SAMPLES):
+def held_out(model, tokenizer, max_new_tokens, samples=HELD_OUT_SAMPLES, seed=HELD_OUT_SEED):
     """Self-generated text that calibration never sees: its seed is not one of theirs."""
     bar = tqdm(total=samples, desc="held-out text", leave=False)
-    return folora.sample_calibration(model, tokenizer, samples, min(128, max_new_tokens), max_new_tokens, seed=HELD_OUT_SEED, progress=bar.update)
+    return folora.sample_calibration(model, tokenizer, samples, min(128, max_new_tokens), max_new_tokens, seed=seed, progress=bar.update)
 
 
 @torch.inference_mode()

@@ -2,9 +2,11 @@
 
     python assets/experiments.py tiny                                  # every run on the embedded model
     python assets/experiments.py smollm2 --model DIR --data GSM8K_TRAIN.jsonl --test GSM8K_TEST.jsonl
+    python assets/experiments.py fresh --model DIR --data GSM8K_TRAIN.jsonl --test GSM8K_TEST.jsonl --nq NQ.jsonl --webqs WEBQ.jsonl
     python eval.py --report                                            # tables and figures from the JSON
 
-Results go to assets/tiny.json and assets/smollm2.json: {"untouched": scores, "runs": [{"flags", "change", "seed", "scores", ...}]}.
+`smollm2` finds the settings; `fresh` repeats them with seeds, test solutions and held-out text that chose nothing.
+Results go to assets/tiny.json, smollm2.json and fresh.json: {"untouched": scores, "runs": [{"flags", "change", "seed", "scores", ...}]}.
 An interrupted suite goes on where it was; runs share the model, the calibration text, the covariances and the bases.
 """
 import argparse
@@ -32,6 +34,8 @@ import folora                                              # noqa: E402
 import train_math                                          # noqa: E402
 
 CACHE = ROOT / "runs" / "experiments"
+FRESH_ROWS = CACHE / "fresh.jsonl"
+QUESTIONS = {"nq_open": "Answer these questions:\n\nQ: {}?\nA:", "webqs": "Question: {}\nAnswer:"}     # as eval.py asks them
 PREPARING = ("rank", "tau", "calibration", "calibration_samples", "calibration_max_tokens", "calibration_model", "task_samples",
              "max_samples", "max_length", "data", "seed", "dtype", "model")
 
@@ -76,10 +80,28 @@ CHANGES = {"gate after": gate_after, "gate on B": gate_on_b}
 
 @functools.lru_cache(maxsize=1)
 def loaded(arguments):
-    """What all runs of a suite share: (model, tokenizer, examples, tasks, held-out text)."""
+    """What all runs of a suite share: (model, tokenizer, examples, tasks, held-out text, {name: encoded questions with their answers})."""
     options = train_math.parse_options(list(arguments))
     model, tokenizer, examples, tasks = train_math.load(options)
-    return model, tokenizer, examples, tasks, ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    text = dict(samples=32, seed=ev.HELD_OUT_SEED + 1) if str(FRESH_ROWS) in options.tasks else {}
+    answers = {name: [with_answer(tokenizer, form, row) for row in tasks.pop(name)[0]] for name, form in QUESTIONS.items() if name in tasks}
+    return model, tokenizer, examples, tasks, ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens), **text), answers
+
+
+def with_answer(tokenizer, form, row):
+    """{"ids", "labels"} of a question and its first answer, which bears the loss. A model of 135M answers almost none: its NLL still moves."""
+    question, answers = form.format(row["question"]), row.get("answers") or row["answer"]
+    prompt, ids = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answers[0]}"))
+    return {"ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
+
+
+def scores_of(suite, model):
+    """Every score of a model, those of the suite's tasks and the NLL of its questions' answers."""
+    reference, tokenizer, _, tasks, texts, answers = loaded(suite)
+    scores = ev.evaluate(model, tokenizer, tasks, reference, texts)
+    scores.update(ev.summarise(scores))
+    scores.update({f"{name} answers": ev.mean_nll(model, examples) for name, examples in answers.items()})
+    return {name: round(score, 5) for name, score in scores.items()}
 
 
 def prepared_path(options):
@@ -90,22 +112,20 @@ def prepared_path(options):
 def prepare(suite, flags, seed):
     """C_pre and FoLoRA's sites of one preparation, on disk."""
     options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
-    model, tokenizer, examples, _, _ = loaded(suite)
+    model, tokenizer, examples, *_ = loaded(suite)
     texts = train_math.calibration_texts(options, model, tokenizer)
     sites = train_math.solve(options, model, texts, examples, {})
     train_math.save({"C_pre": train_math.covariances(options, model, texts, "C_pre"), "sites": sites}, prepared_path(options))
 
 
 def untouched(suite):
-    model, tokenizer, _, tasks, texts = loaded(suite)
-    scores = ev.evaluate(model, tokenizer, tasks)
-    return {**scores, **ev.summarise(scores)}
+    return scores_of(suite, loaded(suite)[0])
 
 
 def run(suite, flags, change, seed):
     """One training run and its scores."""
     options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
-    reference, tokenizer, examples, tasks, texts = loaded(suite)
+    reference, _, examples, _, texts, _ = loaded(suite)
     state, model, start = torch.load(prepared_path(options)), copy.deepcopy(reference), time.time()
     torch.manual_seed(seed)
     optimizer = train_math.add_adapters(options, model, state["sites"], state["C_pre"])
@@ -114,10 +134,8 @@ def run(suite, flags, change, seed):
     with tempfile.TemporaryDirectory() as out:
         train_math.train(options, model, optimizer, examples, train_math.Probe(reference, texts), Path(out))
         losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    scores = ev.evaluate(folora.merge(model), tokenizer, tasks, reference, texts)
-    scores.update(ev.summarise(scores))
     return {"flags": flags, "change": change, "seed": seed, "loss": round(sum(losses[-5:]) / 5, 4), "seconds": round(time.time() - start),
-            "scores": {name: round(score, 5) for name, score in scores.items()}}
+            "scores": scores_of(suite, folora.merge(model))}
 
 
 def write(results, path):
@@ -134,7 +152,6 @@ def run_all(name, suite, wanted, workers):
     done = {key((r["flags"], r["change"], r["seed"])) for r in results["runs"]}
     wanted = [run for run in {key(run): run for run in wanted}.values() if key(run) not in done]
     first = {prepared_path(train_math.parse_options([*suite, *flags, "--seed", str(seed)])): (flags, seed) for flags, _, seed in wanted}
-    CACHE.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         jobs = [pool.submit(prepare, suite, *what) for file, what in first.items() if not file.exists()]
@@ -188,6 +205,12 @@ SUITE = {
     "smollm2": "--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 --passes 1 "
                "--dtype bfloat16 --eval-samples 64 --log-every 1000",
 }
+SUITE["fresh"] = SUITE["smollm2"].replace("--eval-samples 64", "--eval-samples 250")
+# Each front's learning rate of lowest NLL in `smollm2`, and the careful end of the three that get there; seeds, rows and text of their own
+FRESH = (("LoRA", "2e-3"), ("MiLoRA", "1e-3"), ("CorDA", "3e-4"), ("CorDA", "1e-4"), ("OPLoRA", "2e-3"), ("LoRA-Null", "1e-3"),
+         ("LoRA-Null v2 (A frozen)", "3e-3"), ("LoRA-Null v2 (A frozen)", "1e-3"), ("FoLoRA, paper", "3e-4"),
+         ("FoLoRA, tuned", "2e-3"), ("FoLoRA, tuned", "3e-3"), ("FoLoRA, tuned", "6e-3"))
+FRESH_SEEDS, FRESH_TEST = (3, 4, 5), slice(64, 192)        # `smollm2` looks at the first 64 test solutions
 TARGET = {"tiny": "NLL of unseen word problems' solutions, nat/token", "smollm2": "NLL of GSM8K test solutions, nat/token"}
 
 
@@ -213,6 +236,11 @@ def ablations(suite):
     return {label: ([*flags, "--lr", lr], change) for label, (flags, change) in ABLATIONS.items()}
 
 
+def fresh():
+    """[(flags, change, seed)], seed by seed: where it is cut short, every setting has as many."""
+    return [(dict(front(label, "smollm2"))[lr], None, seed) for seed in FRESH_SEEDS for label, lr in FRESH]
+
+
 def sources():
     """{label: flags}: FoLoRA with C_pre from each source, and from few tokens of its own."""
     out, lr = {}, FRONTS["FoLoRA, paper"][1][1]
@@ -229,7 +257,6 @@ def source_file(kinds):
 
 def write_sources():
     """256 documents of tiny's pretraining distribution for each source that is not the model."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     for kinds in filter(None, SOURCES.values()):
         done = subprocess.run([sys.executable, str(ROOT / "tiny/make_tiny.py"), "--documents", "256", "--kinds", kinds], capture_output=True, text=True, check=True)
         source_file(kinds).write_text(done.stdout)
@@ -238,18 +265,21 @@ def write_sources():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITE)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of smollm2: hub id or directory")
-    parser.add_argument("--data", default="openai/gsm8k", help="of smollm2: GSM8K's training set")
-    parser.add_argument("--test", help="of smollm2: GSM8K's test set as .jsonl (default: the hub's)")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or directory; this and the files are for smollm2 and fresh")
+    parser.add_argument("--data", default="openai/gsm8k", help="GSM8K's training set")
+    parser.add_argument("--test", help="GSM8K's test set as .jsonl (default: the hub's)")
+    parser.add_argument("--nq", help="NQ-Open's validation set as .jsonl (default: the hub's)")
+    parser.add_argument("--webqs", help="WebQuestions' test set as .jsonl (default: the hub's)")
     parser.add_argument("--only", choices=("fronts", "ablations", "sources"), help="one part of the suite")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time (default: one a core, or one on a GPU)")
     options = parser.parse_args()
     os.chdir(ROOT)
-    suite, name = SUITE[options.suite].split(), options.suite
+    CACHE.mkdir(parents=True, exist_ok=True)
+    suite, name = suite_of(options), options.suite
+    if name == "fresh":
+        return run_all(name, suite, fresh(), options.workers)
     if name == "tiny":
         write_sources()
-    else:
-        suite += ["--model", options.model, "--data", options.data, "--tasks", "nll" + f"={options.test}" * bool(options.test) + ",drift"]
     parts = {"fronts": screening(name), "ablations": [(*run, 0) for run in ablations(name).values()],
              "sources": [(flags, None, 0) for flags in sources().values()] if name == "tiny" else []}
     results = run_all(name, suite, [run for part in parts if options.only in (None, part) for run in parts[part]], options.workers)
@@ -258,6 +288,18 @@ def main():
     if name == "smollm2" and "spectrum" not in results:
         results["spectrum"] = spectrum(suite)
         write(results, HERE / f"{name}.json")
+
+
+def suite_of(options):
+    """The flags that all runs of a suite have."""
+    given = lambda task, path: task + f"={path}" * bool(path)
+    tasks = [given("nll", options.test), "drift"]
+    if options.suite == "fresh":
+        rows = ev.read_rows(options.test or "openai/gsm8k", "main", "test")[FRESH_TEST]
+        FRESH_ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks = [given("nll", FRESH_ROWS), "drift", given("nq_open", options.nq), given("webqs", options.webqs)]
+    real = ["--model", options.model, "--data", options.data, "--tasks", ",".join(tasks)]
+    return SUITE[options.suite].split() + (real if options.suite != "tiny" else [])
 
 
 # ---- the spectrum of one layer --------------------------------------------------------------------------------------
@@ -326,6 +368,20 @@ def print_fronts(suite, result):
             print(f"| {label} | {lr} | " + " | ".join(with_spread(point[m], 4 if m in ("drift", "nll") else 1) for m in shown) + " | "
                   + " | ".join(("better at every lr" if beyond else "not reached") if y is None else f"{y:.{4 if m == 'drift' else 1}f}"
                                for y, beyond, m in zip(there, past, compared * len(ours))) + " |")
+
+
+def print_fresh(result):
+    """The repetition of the best settings: every score, and the tuned preset's KL at the same NLL."""
+    found = {(label, lr): points(result, dict(front(label, "smollm2"))[lr]) for label, lr in FRESH}
+    found = {key: point for key, point in found.items() if point}
+    ours = [(point["nll"][0], point["drift"][0]) for (label, _), point in found.items() if label.endswith("tuned")]
+    shown = list(result["untouched"])
+    print("\nfresh: 128 other test solutions, 32 other held-out texts, other seeds; nat/token\n")
+    print("| method | lr | seeds | " + " | ".join(shown) + " | KL of tuned, there |\n" + "|---" * (4 + len(shown)) + "|")
+    print("| untouched | | | " + " | ".join(f"{result['untouched'][m]:.4f}" for m in shown) + " | |")
+    for (label, lr), point in found.items():
+        there = None if label.endswith("tuned") else at(ours, point["nll"][0])
+        print(f"| {label} | {lr} | {point['nll'][2]} | " + " | ".join(with_spread(point[m], 4) for m in shown) + f" | {'' if there is None else f'{there:.4f}'} |")
 
 
 def print_settings(suite, result, settings):
@@ -412,7 +468,7 @@ def report():
     except ImportError:
         sys.exit("--report draws figures: pip install matplotlib")
     matplotlib.use("Agg")
-    results = {suite: load_results(suite) for suite in SUITE}
+    results = {suite: load_results(suite) for suite in TARGET}
     results = {suite: result for suite, result in results.items() if result}
     if not results:
         sys.exit("no measurement in assets/ yet: python assets/experiments.py tiny")
@@ -422,6 +478,8 @@ def report():
     if "tiny" in results:
         print_settings("tiny", results["tiny"], {label: (flags, None) for label, flags in sources().items()})
         draw_sources(results["tiny"])
+    if fresh_result := load_results("fresh"):
+        print_fresh(fresh_result)
     if "spectrum" in results.get("smollm2", {}):
         draw_spectrum(results["smollm2"]["spectrum"])
     draw_tradeoff(results)
