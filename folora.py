@@ -65,8 +65,9 @@ figure is not measured yet.
  6. C_task is taken over whole examples, prompts and responses: adapters act on both.
  7. Precision. H is factorised and applied in float64 (a few triangular solves), the eigenproblem is solved in float32. Products
     in float32 must be float32: leave torch.set_float32_matmul_precision at its default, "highest". A and B are float32 masters.
-    The basis is stored in the base's dtype. In bfloat16 that is half the memory, and V leaks dV into what must not move:
-    tr(dVᵀ H dV) is at most 1.1e-5 of tr(Vᵀ H V), over the layers of SmolLM2-135M, where 1e-2 would be tolerable.
+    On a base of 16 bits the basis is bfloat16 too, and so are the operands of Eq. 19's and 24's products: half the memory, a quarter of
+    the time, and V leaks dV into what must not move: tr(dVᵀ H dV) is at most 1.1e-5 of tr(Vᵀ H V), over the layers of
+    SmolLM2-135M, where 1e-2 would be tolerable.
  8. Text is generated in the dtype of the model that is passed, where the paper uses float16; sampling gives up, rather than go
     on for ever, on a model whose text never passes.
 
@@ -88,6 +89,7 @@ import torch.nn.functional as F
 from torch import nn
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")       # Appendix B: all seven
+OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()       # torch 2.8 on CUDA: 16-bit operands, float32 sums and float32 result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,8 +151,8 @@ class _Gram:
 
     def add(self, x, rows):
         """C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in). In float32: bf16 sums would lose everything past 256 terms."""
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and "dtype" in torch.ops.aten.mm.overloads():
-            self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # torch 2.8: products of bf16 are exact in float32
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and OUT_DTYPE:
+            self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # products of bf16 are exact in float32
         else:
             self.sum.addmm_(rows.float().mT, rows.float())
         self.tokens += len(rows)
@@ -283,6 +285,13 @@ def spectral_gate(gamma, lam, s_min):
     return s.clamp(min=s_min)                              #         s̃_i = max(s_i, s_min)
 
 
+def _mm(a, V):
+    """a @ V at the speed of V's dtype, as float32: a (rows, d) is rounded to it, the sums are in float32, and so is the result where torch has it."""
+    if V.is_cuda and V.dtype == torch.bfloat16 and OUT_DTYPE:
+        return torch.mm(a.to(V.dtype), V, out_dtype=torch.float32)
+    return (a.to(V.dtype) @ V).to(a.dtype)
+
+
 class SAdam(torch.optim.Optimizer):
     """Spectral-gated Adam (3.3) and plain Adam in one optimiser, so that one scheduler and one state_dict serve both.
 
@@ -326,7 +335,6 @@ class SAdam(torch.optim.Optimizer):
     def _update(self, params, group):
         """All parameters of a group at once: torch._foreach_* is one kernel launch for the list, and V is read once for q, k and v."""
         V, gate, (beta1, beta2) = group["basis"], group["gate"], group["betas"]
-        V = V if V is None else V.to(params[0].dtype)                         # stored as bfloat16, multiplied in float32
         for p in params:
             state = self.state[p] = self.state[p] or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state["step"] += 1
@@ -335,7 +343,7 @@ class SAdam(torch.optim.Optimizer):
         m, sq, G_bar, params = local(m), local(sq), local(p.grad for p in params), local(params)
         if V is not None:
             rows = [len(p) for p in params]
-            G_bar = (torch.cat(G_bar) @ V).split(rows)                        # Eq. 18-19: Ḡ = G V, (r of each, d) @ (d, d)
+            G_bar = _mm(torch.cat(G_bar), V).split(rows)                      # Eq. 18-19: Ḡ = G V, (r of each, d) @ (d, d)
         torch._foreach_lerp_(m, G_bar, 1 - beta1)                             # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ, kept in V's coordinates
         torch._foreach_mul_(sq, beta2)                                        #         v ← β₂ v + (1 - β₂) Ḡ²
         torch._foreach_addcmul_(sq, G_bar, G_bar, 1 - beta2)
@@ -345,7 +353,7 @@ class SAdam(torch.optim.Optimizer):
         if V is not None:
             # Eq. 23: ΔĀ = Adam's step · diag(s̃); Eq. 24: ΔA = ΔĀ Vᵀ. The gate scales the step and not the gradient: a factor of
             # the gradient that stays the same is divided out again by √v̂.
-            delta = ((torch.cat(delta) * gate) @ V.mT).split(rows)            # (r of each, d) @ (d, d)
+            delta = _mm(torch.cat(delta) * gate, V.mT).split(rows)            # (r of each, d) @ (d, d)
         torch._foreach_add_(params, delta, alpha=-group["lr"])
 
 
@@ -553,8 +561,8 @@ def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_sta
             adapters.append(LoRALinear(base, len(A0), alpha, A0, B0))
             model.set_submodule(name, adapters[-1])
         gate = spectral_gate(site["gamma"], lam, s_min)
-        spectral.append({"params": [a.lora_A for a in adapters], "lr": lr if lr_a is None else lr_a,
-                         "basis": site["V"].to(base.weight), "gate": gate.to(A0.device)})
+        basis = site["V"].to(A0.device, torch.bfloat16 if base.weight.itemsize == 2 else torch.float32)       # float16 would lose V's small entries
+        spectral.append({"params": [a.lora_A for a in adapters], "lr": lr if lr_a is None else lr_a, "basis": basis, "gate": gate.to(A0.device)})
         Bs += [a.lora_B for a in adapters]
     return SAdam(spectral + [{"params": Bs}], lr)          # B: plain Adam, in its own coordinates
 
@@ -573,9 +581,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
 
-    Memory beside the model, with S = Σ d_in² over distinct inputs (5.6e9 for LLaMA-2-7B): the bases, in the model's dtype, for as long as
-    one trains. While it runs, the bases in float32, 4 S bytes, and with them first both covariances, 8 S / passes, at last the bases in
-    the model's dtype.
+    Memory beside the model, with S = Σ d_in² over distinct inputs (5.6e9 for LLaMA-2-7B): the bases, 2 S bytes (a float32 model: 4 S), for as
+    long as one trains. While it runs, the bases in float32, 4 S, and with them first both covariances, 8 S / passes, at last the 2 S.
     """
     targets = find_targets(model, target_modules, rank)
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):

@@ -326,6 +326,27 @@ def test_sadam_against_eq_18_to_24_one_number_at_a_time(spectral):
     torch.testing.assert_close(sadam_run(A, gradients, basis=V, gate=gate).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])                                           # float16 would lose the second
+def test_a_bfloat16_basis_leaks_little_into_what_must_not_move(scale):
+    torch.manual_seed(0)
+    C_pre, C_task = (covariance(24, 40, seed=seed) for seed in (0, 1))
+    C_pre += 1000 * torch.ones(24, 24)                                                 # one huge direction, as a first token makes
+    C_pre = (C_pre / C_pre.diagonal().mean()).float()
+    gamma, V = folora.generalized_eigenbasis(C_task.float(), C_pre, 0.01)
+    A, gradients, gate = torch.randn(2, 24), [scale * torch.randn(2, 24) for _ in range(4)], folora.spectral_gate(gamma, 1.0, 0.0)
+    expected = literal_sadam(A, gradients, V, gate, 0.01)
+    A_16 = sadam_run(A, gradients, basis=V.bfloat16(), gate=gate).double()
+    penalty = lambda D: torch.trace(D @ (C_pre.double() + 0.01 * torch.eye(24)) @ D.mT)
+    assert penalty(A_16 - expected) < 1e-3 * penalty(expected - A.double())
+
+
+@pytest.mark.parametrize("dtype, wanted", [("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float32")])
+def test_the_basis_has_16_bits_if_the_base_has(dtype, wanted):
+    model = nn.ModuleDict({"f": nn.Linear(8, 5).to(getattr(torch, dtype))})
+    optimizer = folora.attach(model, folora.decompose({"f": covariance(8, 20).float()}, {"f": covariance(8, 20, seed=1).float()}, rank=2), lr=0.1)
+    assert optimizer.param_groups[0]["basis"].dtype == getattr(torch, wanted) and model["f"].lora_A.dtype == torch.float32
+
+
 def test_sadam_does_not_notice_signs_of_the_eigenvectors(spectral):
     A, gradients, V, gate = spectral
     flipped = V * torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0, 1.0])
@@ -1240,7 +1261,7 @@ def test_an_experiments_run_is_the_command_lines(method, trained, experiments):
 
 
 def test_the_gate_after_adam_is_sadam_where_the_basis_is_the_identity(experiments, spectral):
-    """With V = I the two orders are the same thing; with another V they are not."""
+    """With V = I the two orders are the same thing, in bfloat16 to its rounding; with another V they are not."""
     for V, same in ((torch.eye(6), True), (torch.eye(6).bfloat16(), True), (spectral[2], False)):
         group = {"basis": V, "gate": torch.linspace(1, 0.1, 6)}
         a, b = (nn.Parameter(torch.ones(2, 6)) for _ in range(2))
@@ -1252,7 +1273,7 @@ def test_the_gate_after_adam_is_sadam_where_the_basis_is_the_identity(experiment
             b.grad = a.grad.clone()
             first.step()
             second.step()
-        assert torch.allclose(a, b, atol=1e-5) == same
+        assert torch.allclose(a, b, atol=2e-3) == same
 
 
 def test_the_gate_on_b_knows_its_own_covariances(experiments):
@@ -1293,7 +1314,7 @@ def test_the_report_draws_what_has_been_measured(experiments, tmp_path, capsys):
 # ---- the README -----------------------------------------------------------------------------------------------------
 
 def test_memory_is_counted_to_the_bases():
-    """FoLoRA's step holds LoRA's and the bases, in bfloat16, and for a moment one of them in float32."""
+    """FoLoRA's step holds LoRA's and the bases, in bfloat16."""
     from assets import bench
     shape = bench.SMALL
     bases = shape["num_hidden_layers"] * (2 * shape["hidden_size"] ** 2 + (shape["num_attention_heads"] * shape["head_dim"]) ** 2 + shape["intermediate_size"] ** 2)
