@@ -122,11 +122,11 @@ def untouched(suite):
     return scores_of(suite, loaded(suite)[0])
 
 
-def run(suite, flags, change, seed):
-    """One training run and its scores."""
+def trained(suite, flags, change, seed):
+    """One training run: (the merged model, the mean loss of its last five steps)."""
     options = train_math.parse_options([*suite, *flags, "--seed", str(seed)])
     reference, _, examples, _, texts, _ = loaded(suite)
-    state, model, start = torch.load(prepared_path(options)), copy.deepcopy(reference), time.time()
+    state, model = torch.load(prepared_path(options)), copy.deepcopy(reference)
     torch.manual_seed(seed)
     optimizer = train_math.add_adapters(options, model, state["sites"], state["C_pre"])
     if change:
@@ -134,8 +134,21 @@ def run(suite, flags, change, seed):
     with tempfile.TemporaryDirectory() as out:
         train_math.train(options, model, optimizer, examples, train_math.Probe(reference, texts), Path(out))
         losses = [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return {"flags": flags, "change": change, "seed": seed, "loss": round(sum(losses[-5:]) / 5, 4), "seconds": round(time.time() - start),
-            "scores": scores_of(suite, folora.merge(model))}
+    return folora.merge(model), round(sum(losses[-5:]) / 5, 4)
+
+
+def run(suite, flags, change, seed):
+    """One training run and its scores."""
+    start = time.time()
+    model, loss = trained(suite, flags, change, seed)
+    return {"flags": flags, "change": change, "seed": seed, "loss": loss, "seconds": round(time.time() - start), "scores": scores_of(suite, model)}
+
+
+def drift_by_kind(suite, flags):
+    """{kind of tiny's pretraining documents: KL on 64 of them}: a method's drift, taken apart."""
+    (model, _), (reference, tokenizer, *_) = trained(suite, flags, None, 0), loaded(suite)
+    texts = {kind: [torch.tensor(tokenizer(row["text"])["input_ids"]) for row in ev.read_rows(str(source_file(kind)), limit=64)] for kind in KINDS}
+    return {kind: round(ev.drift(model, reference, some), 4) for kind, some in texts.items()}
 
 
 def write(results, path):
@@ -181,6 +194,7 @@ FRONTS = {
     "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
     "FoLoRA, paper": ([], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "6e-4", "1e-3")),
     "FoLoRA, tuned": (["--preset", "tuned"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("2e-3", "3e-3", "6e-3", "1.2e-2")),
+    "FoLoRA, tuned, the paper's start": (["--preset", "tuned", "--zero-start", "0"], ("8e-3", "1.1e-2", "1.6e-2", "3.2e-2"), ("1e-3", "2e-3", "3e-3", "6e-3")),
 }
 # label: (flags beside the learning rate of the suite, change)
 ABLATIONS = {
@@ -197,8 +211,12 @@ ABLATIONS = {
 }
 
 
+KINDS = {"biography": "facts told", "quiz": "facts and skills asked", "drill": "sums", "story": "one-step stories", "exercise": "the same and skills, in the target's form"}
 SOURCES = {"sampled from the model": None, "the true pretraining distribution": "biography,quiz,exercise,drill,story", "facts only": "biography"}
 BUDGETS = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (16, 128)}       # tokens: (texts, tokens each); down_proj's d_in is 512
+# Whose drift is taken apart by kind: a learning rate of each front, as near as there is to an NLL of .085
+BY_KIND = (("LoRA", "4e-3"), ("MiLoRA", "4e-3"), ("CorDA", "4e-3"), ("OPLoRA", "4e-3"), ("LoRA-Null", "4e-3"), ("FoLoRA, paper", "8e-3"),
+           ("FoLoRA, tuned", "3.2e-2"), ("FoLoRA, tuned, the paper's start", "1.6e-2"))
 SEEDS = (0, 1, 2)                                          # of each front's best learning rate; everything else has the first
 SUITE = {
     "tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 1000 --tasks gsm8k=tiny/test.jsonl,nll=tiny/test.jsonl,facts,sort,reverse,sums,drift",
@@ -256,8 +274,8 @@ def source_file(kinds):
 
 
 def write_sources():
-    """256 documents of tiny's pretraining distribution for each source that is not the model."""
-    for kinds in filter(None, SOURCES.values()):
+    """256 documents of tiny's pretraining distribution for each source that is not the model, and for each kind."""
+    for kinds in {*filter(None, SOURCES.values()), *KINDS}:
         done = subprocess.run([sys.executable, str(ROOT / "tiny/make_tiny.py"), "--documents", "256", "--kinds", kinds], capture_output=True, text=True, check=True)
         source_file(kinds).write_text(done.stdout)
 
@@ -287,7 +305,9 @@ def main():
         results = run_all(name, suite, best(results, name), options.workers)
     if name == "smollm2" and "spectrum" not in results:
         results["spectrum"] = spectrum(suite)
-        write(results, HERE / f"{name}.json")
+    if name == "tiny" and "kinds" not in results:
+        results["kinds"] = {f"{label}, lr {lr}": drift_by_kind(tuple(suite), dict(front(label, name))[lr]) for label, lr in tqdm(BY_KIND, desc="kinds")}
+    write(results, HERE / f"{name}.json")
 
 
 def suite_of(options):
@@ -396,6 +416,13 @@ def print_settings(suite, result, settings):
         print(f"| {label} | {point['drift'][2]} | " + " | ".join(with_spread(point[m], 4 if m in ("drift", "nll") else 1) for m in shown) + " |")
 
 
+def print_kinds(result):
+    """KL on each kind of text that tiny was pretrained on."""
+    print("\n| KL on | " + " | ".join(KINDS.values()) + " |\n" + "|---" * (1 + len(KINDS)) + "|")
+    for label, kl in result.get("kinds", {}).items():
+        print(f"| {label} | " + " | ".join(f"{kl[kind]:.4f}" for kind in KINDS) + " |")
+
+
 def draw_tradeoff(results):
     """assets/tradeoff.png: a panel a measure, a line a method, a point a learning rate."""
     from matplotlib import pyplot
@@ -406,8 +433,8 @@ def draw_tradeoff(results):
             line = [p for _, p in line_of(results[suite], label, suite)]
             ours = label.startswith("FoLoRA")
             x, y = ([p[m] for p in line] for m in ("nll", metric))
-            axis.errorbar([v[0] for v in x], [v[0] for v in y], [v[1] for v in y], [v[1] for v in x], label=label, marker="os^vD<>P"[i],
-                          color=f"C{3 if label.endswith('tuned') else 1}" if ours else pyplot.cm.tab20c(16 + i % 4 if i < 4 else 4 + i), zorder=3 if ours else 2,
+            axis.errorbar([v[0] for v in x], [v[0] for v in y], [v[1] for v in y], [v[1] for v in x], label=label, marker="os^vD<>P*"[i],
+                          color={6: "C1", 7: "C3", 8: "C4"}[i] if ours else pyplot.cm.tab20c(16 + i % 4 if i < 4 else 4 + i), zorder=3 if ours else 2,
                           linewidth=2 if ours else 1, markersize=5, capsize=2)
         axis.set(xlabel=TARGET[suite], ylabel="KL from the untouched model, nat/token" if metric == "drift" else "what it knew before: mean of four scores, %",
                  title=f"{'tiny' if suite == 'tiny' else 'SmolLM2-135M, GSM8K'}: {'forgetting' if metric == 'drift' else 'preservation'}")
@@ -416,7 +443,7 @@ def draw_tradeoff(results):
         axis.set_ylim(*((None, 0.5) if metric == "drift" else (60, None)))          # a method that fell apart is in the JSON alone
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(FRONTS), fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(FRONTS), fontsize=7)
     figure.savefig(HERE / "tradeoff.png", dpi=130)
 
 
@@ -478,6 +505,7 @@ def report():
     if "tiny" in results:
         print_settings("tiny", results["tiny"], {label: (flags, None) for label, flags in sources().items()})
         draw_sources(results["tiny"])
+        print_kinds(results["tiny"])
     if fresh_result := load_results("fresh"):
         print_fresh(fresh_result)
     if "spectrum" in results.get("smollm2", {}):
