@@ -157,6 +157,11 @@ def write(results, path):
     path.with_suffix(".part").replace(path)
 
 
+def processes(workers):
+    """A pool that shares the cores out."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (max(1, (os.cpu_count() or 1) // workers),))
+
+
 def run_all(name, suite, wanted, workers):
     """Run what assets/<name>.json lacks of `wanted`, [(flags, change, seed)], in `workers` processes, and add each result as it comes."""
     path, suite = HERE / f"{name}.json", tuple(suite)
@@ -165,8 +170,7 @@ def run_all(name, suite, wanted, workers):
     done = {key((r["flags"], r["change"], r["seed"])) for r in results["runs"]}
     wanted = [run for run in {key(run): run for run in wanted}.values() if key(run) not in done]
     first = {prepared_path(train_math.parse_options([*suite, *flags, "--seed", str(seed)])): (flags, seed) for flags, _, seed in wanted}
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with processes(workers) as pool:
         jobs = [pool.submit(prepare, suite, *what) for file, what in first.items() if not file.exists()]
         if "untouched" not in results:
             results["untouched"] = pool.submit(untouched, suite).result()
@@ -215,8 +219,7 @@ KINDS = {"biography": "facts told", "quiz": "facts and skills asked", "drill": "
 SOURCES = {"sampled from the model": None, "the true pretraining distribution": "biography,quiz,exercise,drill,story", "facts only": "biography"}
 BUDGETS = {32: (1, 32), 128: (1, 128), 512: (4, 128), 2048: (16, 128)}       # tokens: (texts, tokens each); down_proj's d_in is 512
 # Whose drift is taken apart by kind: a learning rate of each front, as near as there is to an NLL of .085
-BY_KIND = (("LoRA", "4e-3"), ("MiLoRA", "4e-3"), ("CorDA", "4e-3"), ("OPLoRA", "4e-3"), ("LoRA-Null", "4e-3"), ("FoLoRA, paper", "8e-3"),
-           ("FoLoRA, tuned", "3.2e-2"), ("FoLoRA, tuned, the paper's start", "1.6e-2"))
+BY_KIND = (("LoRA", "4e-3"), ("MiLoRA", "4e-3"), ("OPLoRA", "4e-3"), ("FoLoRA, paper", "8e-3"), ("FoLoRA, tuned, the paper's start", "1.6e-2"))
 SEEDS = (0, 1, 2)                                          # of each front's best learning rate; everything else has the first
 SUITE = {
     "tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 1000 --tasks gsm8k=tiny/test.jsonl,nll=tiny/test.jsonl,facts,sort,reverse,sums,drift",
@@ -306,7 +309,9 @@ def main():
     if name == "smollm2" and "spectrum" not in results:
         results["spectrum"] = spectrum(suite)
     if name == "tiny" and "kinds" not in results:
-        results["kinds"] = {f"{label}, lr {lr}": drift_by_kind(tuple(suite), dict(front(label, name))[lr]) for label, lr in tqdm(BY_KIND, desc="kinds")}
+        with processes(options.workers) as pool:
+            jobs = {f"{label}, lr {lr}": pool.submit(drift_by_kind, tuple(suite), dict(front(label, name))[lr]) for label, lr in BY_KIND}
+            results["kinds"] = {setting: job.result() for setting, job in tqdm(jobs.items(), desc="kinds")}
     write(results, HERE / f"{name}.json")
 
 
