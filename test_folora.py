@@ -1298,6 +1298,25 @@ def test_a_front_is_read_between_its_points(experiments):
     assert experiments.at(line, 15) == 2 and experiments.at(line, 20) == 3 and experiments.at(line, 25) is None
 
 
+def test_what_repeats_the_best_settings_chose_none_of_them(experiments, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "FRESH_ROWS", tmp_path / "fresh.jsonl")
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": str(n), "answer": "1"}) + "\n" for n in range(300)))
+    options = {"suite": "fresh", "model": "tiny", "data": "x.jsonl", "test": str(tmp_path / "test.jsonl"), "nq": None, "webqs": "w.jsonl"}
+    suite = experiments.suite_of(SimpleNamespace(**options))
+    assert suite[-1] == f"nll={tmp_path / 'fresh.jsonl'},drift,nq_open,webqs=w.jsonl"
+    rows = [int(json.loads(line)["question"]) for line in (tmp_path / "fresh.jsonl").read_text().splitlines()]
+    chose = train_math.parse_options(experiments.SUITE["smollm2"].split()).eval_samples
+    assert min(rows) == chose and len(rows) == 128 and not set(experiments.FRESH_SEEDS) & set(experiments.SEEDS)
+    assert len(experiments.fresh()) == len(experiments.FRESH_SEEDS) * len(experiments.FRESH)
+
+
+@pytest.mark.parametrize("row", [{"question": "who", "answer": ["Tom", "T"]}, {"question": "who", "answers": ["Tom"]}])
+def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny, row):
+    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", row)
+    assert tiny[1].decode([i for i, label in zip(example["ids"], example["labels"]) if label != -100]) == " Tom"
+    assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"
+
+
 def test_the_report_draws_what_has_been_measured(experiments, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib for the figures")
     with pytest.raises(SystemExit, match="no measurement"):
