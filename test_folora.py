@@ -340,8 +340,8 @@ def test_a_bfloat16_basis_leaks_little_into_what_must_not_move(scale):
     assert penalty(A_16 - expected) < 1e-3 * penalty(expected - A.double())
 
 
-@pytest.mark.parametrize("dtype, wanted", [("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float32")])
-def test_the_basis_has_16_bits_if_the_base_has(dtype, wanted):
+@pytest.mark.parametrize("dtype, wanted", [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float32")])
+def test_the_basis_is_bfloat16_if_the_base_is(dtype, wanted):
     model = nn.ModuleDict({"f": nn.Linear(8, 5).to(getattr(torch, dtype))})
     optimizer = folora.attach(model, folora.decompose({"f": covariance(8, 20).float()}, {"f": covariance(8, 20, seed=1).float()}, rank=2), lr=0.1)
     assert optimizer.param_groups[0]["basis"].dtype == getattr(torch, wanted) and model["f"].lora_A.dtype == torch.float32
@@ -1167,7 +1167,7 @@ def test_schedule_and_order_of_the_data():
     (["--tasks", "math"], "pip install lm-eval"),
     (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
     (["--warmup", "2"], "--warmup is a share of the steps"),
-    (["--seed", "1000"], "--seed 1000 is the held-out text's"),
+    (["--seed", "1000"], "--seed 1000 is a held-out text's"),
     (["--tasks", "facts,trivia"], "unknown task trivia"),
     (["--lam", "0"], "lam must be > 0"),
     (["--alpha", "0"], "--alpha must be above 0, not 0.0"),

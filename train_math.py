@@ -188,8 +188,8 @@ def check_ranges(parser, options):
     for name, low in least.items():
         if options[name] is not None and not options[name] >= low:
             parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
-    if options["seed"] == ev.HELD_OUT_SEED:
-        parser.error(f"--seed {ev.HELD_OUT_SEED} is the held-out text's")
+    if options["seed"] in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
+        parser.error(f"--seed {options['seed']} is a held-out text's")
     if options["warmup"] > 1:
         parser.error(f"--warmup is a share of the steps, from 0 to 1, not {options['warmup']}")
 
@@ -224,7 +224,7 @@ def save(value, path):
 
 
 def check_disk(out, model, rank, bases):
-    """Stop now, with one line, rather than hours later: the run writes the bases, checkpoints, and the merged model."""
+    """Stop now, with one line, rather than hours later: the run writes the bases (at most one a layer), checkpoints, and the merged model."""
     widths = [m.in_features for m in folora.find_targets(model, rank=rank).values()]
     need = sum(p.numel() * p.element_size() for p in model.parameters()) + 48 * rank * sum(widths) + 4 * bool(bases) * sum(d * d for d in widths)
     free = shutil.disk_usage(out).free
@@ -377,9 +377,10 @@ def checkpoint(optimizer, model, step):
 
 def restore(optimizer, model, saved):
     """Inverse of checkpoint; returns the number of steps that were done."""
-    groups = [{**{k: v for k, v in mine.items() if k in ("basis", "gate")}, **theirs}
-              for mine, theirs in zip(optimizer.param_groups, saved["optimizer"]["param_groups"])]
-    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    kept = [{key: group[key] for key in ("basis", "gate") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved["optimizer"])          # it copies what is in a group: the bases must not be there
+    for group, bases in zip(optimizer.param_groups, kept):
+        group.update(bases)
     model.load_state_dict(saved["adapters"], strict=False)
     return saved["step"]
 
