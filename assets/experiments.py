@@ -384,7 +384,7 @@ def there(ours, point, metric):
     """`metric` of our front at the NLL of another's point, as text."""
     y = at([(p["nll"][0], p[metric][0]) for p in ours], point["nll"][0])
     if y is None:
-        return "better at every lr" if all(p["nll"][0] < point["nll"][0] for p in ours) else "not reached"
+        return "learns more at every lr" if all(p["nll"][0] < point["nll"][0] for p in ours) else "not reached"
     return f"{y:.{4 if metric == 'drift' else 1}f}"
 
 
