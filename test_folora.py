@@ -1298,6 +1298,14 @@ def test_a_front_is_read_between_its_points(experiments):
     assert experiments.at(line, 15) == 2 and experiments.at(line, 20) == 3 and experiments.at(line, 25) is None
 
 
+def test_more_seeds_do_not_change_which_setting_gets_them(experiments):
+    runs = [{"flags": flags, "change": None, "seed": 0, "scores": {"nll": 1 - 0.1 * i}} for label in experiments.FRONTS for i, (_, flags) in enumerate(experiments.front(label, "tiny"))]
+    first = experiments.best({"runs": runs}, "tiny")
+    assert [flags for flags, _, _ in first[:len(experiments.FRONTS)]] == [experiments.front(label, "tiny")[-1][1] for label in experiments.FRONTS]
+    later = [{"flags": flags, "change": None, "seed": seed, "scores": {"nll": 9.0}} for flags, _, seed in first]             # worse than all others
+    assert experiments.best({"runs": runs + later}, "tiny") == first
+
+
 def test_what_repeats_the_best_settings_chose_none_of_them(experiments, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "FRESH_ROWS", tmp_path / "fresh.jsonl")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": str(n), "answer": "1"}) + "\n" for n in range(300)))
