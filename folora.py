@@ -56,7 +56,8 @@ figure is not measured yet.
  3. The learning rate of A may differ from B's (`lr_a`): a step in V's coordinates is not a step in A's. lr = 3e-4 is ours. With
     it the paper's setting gives 1.055 / .0173, and its start under plain Adam 1.040 / .0663. Without a floor (s_min = 0), at
     λ = 30, zero_start (see 5) and lr = 3e-3 it is 1.040 / .0060: the preset `tuned` of train_math.py,
-    which was searched for on these very solutions and texts.
+    which was searched for on these very solutions and texts; on others, with two other seeds, .986 / .0060 against the paper's
+    setting's .998 / .0174 (assets/fresh.json).
  4. κ = 1 unless `alpha` is given.
  5. The residual W_res is stored in the dtype of the base, and in bfloat16 the rounding of W_res, A0 and B0 alone moves the model:
     a KL of .0024 before the first step (.0020 if merged at once; seed 0).
