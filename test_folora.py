@@ -1167,7 +1167,7 @@ def test_schedule_and_order_of_the_data():
     (["--tasks", "math"], "pip install lm-eval"),
     (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
     (["--warmup", "2"], "--warmup is a share of the steps"),
-    (["--seed", "1000"], "--seed 1000 is a held-out text's"),
+    (["--seed", "1000"], "--seed 1000 is reserved for the held-out text"),
     (["--tasks", "facts,trivia"], "unknown task trivia"),
     (["--lam", "0"], "lam must be > 0"),
     (["--alpha", "0"], "--alpha must be above 0, not 0.0"),

@@ -189,7 +189,7 @@ def check_ranges(parser, options):
         if options[name] is not None and not options[name] >= low:
             parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
     if options["seed"] in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
-        parser.error(f"--seed {options['seed']} is a held-out text's")
+        parser.error(f"--seed {options['seed']} is reserved for the held-out text: choose another")
     if options["warmup"] > 1:
         parser.error(f"--warmup is a share of the steps, from 0 to 1, not {options['warmup']}")
 

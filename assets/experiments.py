@@ -73,7 +73,13 @@ def gate_on_b(optimizer, model, sites):
                                    "basis": V.float(), "gate": folora.spectral_gate(gamma.float(), 1.0, 0.3)})
 
 
-CHANGES = {"gate after": gate_after, "gate on B": gate_on_b}
+def float32_products(optimizer, model, sites):
+    """The bases, rounded to bfloat16 as they are, multiplied in float32."""
+    for group in (g for g in optimizer.param_groups if g["basis"] is not None):
+        group["basis"] = group["basis"].float()
+
+
+CHANGES = {"gate after": gate_after, "gate on B": gate_on_b, "float32 products": float32_products}
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
