@@ -93,6 +93,7 @@ from torch import nn
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")       # Appendix B: all seven
 OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()       # torch 2.8 on CUDA: 16-bit operands, float32 sums and float32 result
+BLOCK = 256                # rows of a covariance that are summed at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,13 +154,23 @@ class _Gram:
         return self.last is not None and self.last[0]() is x and self.last[1] == x._version
 
     def add(self, x, rows):
-        """C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in). In float32: bf16 sums would lose everything past 256 terms."""
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and OUT_DTYPE:
-            self.sum += torch.mm(rows.mT, rows, out_dtype=torch.float32)       # products of bf16 are exact in float32
-        else:
-            self.sum.addmm_(rows.float().mT, rows.float())
+        """C += X Xᵀ with X = rowsᵀ: (d_in, tokens) @ (tokens, d_in). In float32: bf16 sums would lose everything past 256 terms.
+
+        C is symmetric: only blocks on and below the diagonal are summed, for little more than half of the operations.
+        """
+        exact = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and OUT_DTYPE
+        rows = rows if exact else rows.float()
+        for i, j in ((i, i + BLOCK) for i in range(0, rows.shape[1], BLOCK)):
+            left, right, C = rows[:, i:j].mT, rows[:, :j], self.sum[i:j, :j]                  # (b, tokens) @ (tokens, j) -> (b, j)
+            C += torch.mm(left, right, out_dtype=torch.float32) if exact else left @ right    # products of bf16 are exact in float32
         self.tokens += len(rows)
         self.last = weakref.ref(x), x._version
+
+    def mean(self):
+        """C / tokens, in place, with the blocks above the diagonal filled in."""
+        for i in range(BLOCK, len(self.sum), BLOCK):
+            self.sum[:i, i:i + BLOCK] = self.sum[i:i + BLOCK, :i].mT
+        return self.sum.div_(self.tokens)
 
 
 def _real_tokens(name, x, mask):
@@ -215,7 +226,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     distinct = dict.fromkeys(_checked(name, seen[name], grams.get(name)) for name in targets)            # in one order everywhere
     for total in (total for gram in distinct for total in (gram.sum, gram.tokens) if processes()[1] > 1):
         dist.all_reduce(total)
-    means = {gram: gram.sum.div_(gram.tokens) for gram in distinct}
+    means = {gram: gram.mean() for gram in distinct}
     return {name: means[grams[name]] for name in targets}
 
 
@@ -271,7 +282,7 @@ def generalized_eigenbasis(C_task, C_pre, tau):
     M = torch.linalg.solve_triangular(L, half.mT, upper=False)                       # L⁻¹ C_task L⁻ᵀ, (..., d, d)
     # Eq. 16: M = R Γ Rᵀ, R orthogonal (L's R, not the symmetric root's). Only this step is in float32: with H applied exactly it costs
     # γ 1e-7 of the largest one, while a float32 L would be off by cond(H) · 1e-7, all of it in the directions of least penalty.
-    gamma, R = torch.linalg.eigh(((M + M.mT) / 2).to(C_pre.dtype))                   # ascending
+    gamma, R = torch.linalg.eigh(M.to(C_pre.dtype))                                  # ascending; it reads the lower triangle
     V = torch.linalg.solve_triangular(L.mT, R.flip(-1).double(), upper=True)         # Eq. 17: V = L⁻ᵀ R
     return gamma.flip(-1).clamp(min=0), V.to(C_pre.dtype)
 
@@ -303,8 +314,8 @@ class SAdam(torch.optim.Optimizer):
                     A group without them gets plain Adam: torch.optim.Adam's numbers, no weight decay.
     lr, betas, eps  as in Adam; each may be set in a group
 
-    `p.grad` is only read. The basis follows its parameters to their device, and is part of state_dict: a resumed run needs the very
-    same one, signs included. Each row of A is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it
+    `p.grad` is only read. A basis on another device stays there, and is sent to its parameters for each step: so it may be kept on the
+    host. It is part of state_dict: a resumed run needs the very same one, signs included. Each row of A is transformed, scaled and moved alone: a shard of rows, with V beside it, moves as it
     does in the whole, so FSDP2, which shards by rows, needs nothing else (make the optimiser anew on the sharded parameters).
     """
 
@@ -328,8 +339,6 @@ class SAdam(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:
-            if group["basis"] is not None:                 # does nothing unless the model, or a loaded state, was elsewhere
-                group.update({key: group[key].to(group["params"][0].device) for key in ("basis", "gate")})
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._update(params, group)
@@ -337,7 +346,8 @@ class SAdam(torch.optim.Optimizer):
 
     def _update(self, params, group):
         """All parameters of a group at once: torch._foreach_* is one kernel launch for the list, and V is read once for q, k and v."""
-        V, gate, (beta1, beta2) = group["basis"], group["gate"], group["betas"]
+        V, gate = (None if t is None else t.to(params[0].device, non_blocking=True) for t in (group["basis"], group["gate"]))
+        beta1, beta2 = group["betas"]
         for p in params:
             state = self.state[p] = self.state[p] or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             state["step"] += 1
@@ -504,21 +514,25 @@ class LoRALinear(nn.Module):
 STACK = 2 ** 22            # matrix entries that are decomposed at a time: small layers in stacks, large ones alone
 
 
-def _unit_scale(C):
-    """C (..., d, d) divided by its mean eigenvalue, trace / d."""
-    return C / C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+def _take(C, stack):
+    """The covariances of a stack, (sites, d, d), each divided by its mean eigenvalue, trace / d; taken out of C, so that their memory is free."""
+    taken = torch.stack([[C.pop(name) for name in names][0] for names in stack])
+    return taken.div_(taken.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30))
 
 
 def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
     """Solve every eigenproblem of the recipe, one per distinct input. Nothing in it depends on λ, s_min, lr or alpha.
 
     C_pre, C_task   as collect_covariances returns them: names whose tensors are the same *objects* are solved once. Each is first
-                    divided by its mean eigenvalue, trace / d_in
+                    divided by its mean eigenvalue, trace / d_in. Both are emptied on the way, the bases take their place in memory:
+                    pass dict(C) to keep one
     rank, tau       of A0; of H, relative to that mean eigenvalue
     returns         [{"modules": names that share the input, "A0": (rank, d_in), "gamma": (d_in,), "V": (d_in, d_in)}]: tensors
                     and strings, so torch.save keeps it and many runs can share it
     progress        called with the number of inputs that were just finished
     """
+    if not C_pre:
+        raise ValueError("C_pre is empty: decompose empties what it is given; pass dict(C) to keep one")
     shared, by_width, solved, sites = {}, {}, {}, []
     for name in C_pre:
         shared.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
@@ -528,8 +542,8 @@ def decompose(C_pre, C_task, rank, tau=0.01, progress=None):
     stacks = [groups[i:i + size[width]] for width, groups in by_width.items() for i in range(0, len(groups), size[width])]
     process, world = processes()
     for i, stack in enumerate(stacks):
+        pre, task = (_take(C, stack) for C in (C_pre, C_task))                       # (sites, d_in, d_in)
         if i % world == process:
-            pre, task = (_unit_scale(torch.stack([C[names[0]] for names in stack])) for C in (C_pre, C_task))   # (sites, d_in, d_in)
             solved[i] = null_space(pre, rank), *generalized_eigenbasis(task, pre, tau)
         if progress:
             progress(len(stack))
@@ -548,7 +562,7 @@ def split_layers(names, passes):
     return [names[i:i + size] for i in range(0, len(names), size)]
 
 
-def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
+def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_start=False, offload_bases=False):
     """Freeze the model, put an adapter on every module of `sites` (from decompose), and return the SAdam that trains them.
 
     The options are those of `prepare`.
@@ -564,14 +578,16 @@ def attach(model, sites, lr, lr_a=None, alpha=None, lam=1.0, s_min=0.3, zero_sta
             B0 = A0.new_zeros(base.out_features, len(A0)) if zero_start else None
             adapters.append(LoRALinear(base, len(A0), alpha, A0, B0))
             model.set_submodule(name, adapters[-1])
-        basis = site["V"].to(A0.device, torch.bfloat16 if base.weight.dtype == torch.bfloat16 else torch.float32)        # float16 would lose small gradients
+        dtype = torch.bfloat16 if base.weight.dtype == torch.bfloat16 else torch.float32     # float16 would lose small gradients
+        basis = site["V"].to("cpu" if offload_bases else A0.device, dtype)
+        basis = basis.pin_memory() if A0.is_cuda and offload_bases else basis                # page-locked: it travels twice as fast
         spectral.append({"params": [a.lora_A for a in adapters], "lr": lr if lr_a is None else lr_a, "basis": basis, "gate": gate.to(A0.device)})
         Bs += [a.lora_B for a in adapters]
     return SAdam(spectral + [{"params": Bs}], lr)          # B: plain Adam, in its own coordinates
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0, s_min=0.3,
-            target_modules=TARGET_MODULES, lr_a=None, zero_start=False, passes=1):
+            target_modules=TARGET_MODULES, lr_a=None, zero_start=False, passes=1, offload_bases=False):
     """FoLoRA in one call: adapt `model` in place, freeze the rest of it, and return the optimiser to train it with.
 
     pretrain_batches   batches (dicts, passed as model(**batch)) of text that must not move: see sample_calibration
@@ -582,11 +598,12 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     tau                ridge τ, relative to the mean eigenvalue of C_pre
     lam, s_min         the gate's sharpness and floor, Eq. 22
     zero_start         start from B = 0 and an untouched W0, where the paper starts from B0 = W0 A0ᵀ and the residual
+    offload_bases      keep the bases on the host: no GPU memory for them, at the price of sending them at every step
     ValueError         before any forward pass: an unknown target, a tied weight, a rank above an input width, a value out of range
 
     Memory beside the model, with S = Σ d_in² over distinct inputs (5.5e9 for LLaMA-2-7B): the bases, 2 S bytes (4 S if the model is not in
-    bfloat16), for as long as one trains. While it runs, the bases in float32, 4 S, and with them first both covariances, 8 S / passes,
-    and half a dozen float64 matrices of the widest layer, at last the 2 S.
+    bfloat16), for as long as one trains. While it runs, first both covariances, 8 S / passes, whose place the bases in float32 take, 4 S,
+    and half a dozen float64 matrices of the widest layer; at last 4 S and the 2 S.
     """
     targets = find_targets(model, target_modules, rank)
     if not tau >= 0 or not lr >= 0 or not (lr_a is None or lr_a >= 0) or not (alpha is None or alpha > 0):
@@ -595,8 +612,10 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     sites = []
     for names in split_layers(targets, passes):
         C_pre, C_task = (collect_covariances(model, batches, names) for batches in (pretrain_batches, task_batches))
-        sites += decompose({name: C_pre[name] for name in names}, C_task, rank, tau)        # "f" may have matched "sub.f" as well
-    return attach(model, sites, lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start)
+        for name in C_pre.keys() - names:                  # "f" has matched "sub.f" as well
+            del C_pre[name]
+        sites += decompose(C_pre, C_task, rank, tau)
+    return attach(model, sites, lr, lr_a=lr_a, alpha=alpha, lam=lam, s_min=s_min, zero_start=zero_start, offload_bases=offload_bases)
 
 
 def merge(model):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +102,16 @@ def test_covariances_do_not_depend_on_the_cut_into_batches():
     for name in whole:
         torch.testing.assert_close(whole[name], pieces[name])
         torch.testing.assert_close(whole[name], twice[name])
+
+
+@pytest.mark.parametrize("block", [3, 4, 7, 8])
+def test_covariances_summed_in_blocks_are_whole(block, monkeypatch):
+    """Only the lower blocks are summed; the last is narrower where the width is no multiple."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(folora, "BLOCK", block)
+    model, batches = Block(), [{"x": torch.randn(3, 5, 8)}, {"x": torch.randn(2, 4, 8)}]
+    for name, C in folora.collect_covariances(model, batches, BLOCK_TARGETS).items():
+        torch.testing.assert_close(C.double(), literal_covariances(model, batches, (name,))[name], rtol=1e-5, atol=1e-6)
 
 
 def test_modules_that_share_an_input_share_one_covariance():
@@ -637,13 +648,13 @@ def test_prepare_is_its_parts_literally():
 def test_several_passes_give_the_same_sites_with_fewer_covariances_at_a_time(monkeypatch):
     torch.manual_seed(0)
     batches, held, real = [[{"x": torch.randn(4, 7, 8)}] for _ in range(2)], [], folora.collect_covariances
-    monkeypatch.setattr(folora, "collect_covariances", lambda *args: held.append(real(*args)) or held[-1])
+    monkeypatch.setattr(folora, "collect_covariances", lambda *args: (C := real(*args), held.append(len(C)))[0])
     model, gates = Block(), []
     for passes in (1, 3):
         optimizer = folora.prepare(copy.deepcopy(model), *batches, lr=1e-3, rank=2, target_modules=BLOCK_TARGETS, passes=passes)
         gates.append(torch.cat([g["gate"].repeat(len(g["params"])) for g in optimizer.param_groups[:-1]]))
     torch.testing.assert_close(*gates)
-    assert [len(C) for C in held] == [6, 6] + [2] * 6
+    assert held == [6, 6] + [2] * 6
     nested = nn.Sequential()                               # "f" also matches "sub.f", whose turn is in the second pass
     nested.f, nested.sub = nn.Linear(8, 8), nn.Sequential()
     nested.sub.f = nn.Linear(8, 8)
@@ -656,7 +667,7 @@ def test_bases_are_solved_once_per_distinct_input():
     model, batches = Block(), [{"x": torch.randn(4, 20, 8)}]
     C = folora.collect_covariances(model, batches, BLOCK_TARGETS)
     done = []
-    sites = folora.decompose(C, C, 2, progress=done.append)
+    sites = folora.decompose(C, dict(C), 2, progress=done.append)
     assert sorted(site["modules"] for site in sites) == [["down_proj"], ["o_proj"], ["q_proj", "k_proj", "v_proj"], ["up_proj"]] and sum(done) == 4
     optimizer = folora.attach(model, sites, 0.1)
     shared = next(g for g in optimizer.param_groups if len(g["params"]) == 3 and g["basis"] is not None)
@@ -666,11 +677,16 @@ def test_bases_are_solved_once_per_distinct_input():
 def test_large_layers_are_decomposed_one_at_a_time_with_the_same_result(monkeypatch):
     C_pre = {str(i): covariance(8, 40, seed=i).float() for i in range(5)}
     C_task = {str(i): covariance(8, 40, seed=i + 9).float() for i in range(5)}
-    together = folora.decompose(C_pre, C_task, 2)
+    together = folora.decompose(dict(C_pre), dict(C_task), 2)
     monkeypatch.setattr(folora, "STACK", 1)
-    for one, other in zip(folora.decompose(C_pre, C_task, 2), together):
+    left, alive = [], [weakref.ref(C) for C in (*C_pre.values(), *C_task.values())]
+    alone = folora.decompose(C_pre, C_task, 2, progress=lambda _: left.append((len(C_pre), len(C_task), sum(C() is not None for C in alive))))
+    assert left == [(n, n, 2 * n) for n in (4, 3, 2, 1, 0)]          # what is solved is free
+    for one, other in zip(alone, together, strict=True):
         assert one["modules"] == other["modules"]
         torch.testing.assert_close(one["gamma"], other["gamma"])
+    with pytest.raises(ValueError, match="pass dict"):
+        folora.decompose(C_pre, C_task, 2)
 
 
 @pytest.mark.parametrize("wrong, message", [(dict(rank=17), "rank must be"), (dict(tau=-1.0), "tau, lr and lr_a must"), (dict(lr=-1.0), "tau, lr and lr_a must"),
@@ -1114,7 +1130,7 @@ def test_two_processes_share_covariances_bases_and_rows(tmp_path):
             torch.distributed.init_process_group("gloo")
         process, world = folora.processes()
         C_pre, C_task = (folora.collect_covariances(model, t[process::world], BLOCK_TARGETS) for t in (texts, [{"x": t["x"] * torch.arange(1, 9)} for t in texts]))
-        torch.save((C_pre, C_task, folora.decompose(C_pre, C_task, 2), world), f"{sys.argv[1]}-{process}.pt")
+        torch.save((C_pre, C_task, folora.decompose(dict(C_pre), dict(C_task), 2), world), f"{sys.argv[1]}-{process}.pt")
         if world == 1:
             sys.exit()
         whole, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), texts[0]["x"]
@@ -1347,6 +1363,7 @@ def test_memory_is_counted_to_the_bases():
     bases = shape["num_hidden_layers"] * (2 * shape["hidden_size"] ** 2 + (shape["num_attention_heads"] * shape["head_dim"]) ** 2 + shape["intermediate_size"] ** 2)
     more = bench.count_step(shape, "folora", 8, 8, 64, 0) - bench.count_step(shape, "lora", 8, 8, 64, 0)
     assert 1e9 * more == pytest.approx(2 * bases, rel=0.05)
+    assert bench.count_step(shape, "offload", 8, 8, 64, 0) == pytest.approx(bench.count_step(shape, "lora", 8, 8, 64, 0), rel=1e-3)
 
 
 def test_the_readmes_python_runs():

@@ -144,6 +144,7 @@ OPTIONS = {
     "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
     "gradient_checkpointing": (None, None, "ours", "1: keep one activation a layer and compute the others again: less memory, up to a third more time; 0: keep all; none: 1 on a GPU"),
     "passes": (2, 1, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
+    "offload_bases": (0, None, "ours", "1: keep the bases on the host, and send them at every step: less memory on a GPU"),
     "task_samples": (256, None, "paper", "training examples for C_task"),
     "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
     "eval_samples": (500, 200, "ours", "rows a task"),
@@ -154,8 +155,8 @@ OPTIONS = {
     "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
 }
 TUNED = {"lam": 30.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3}
-CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1), "gradient_checkpointing": (0, 1)}
-PLACES = {"out", "micro_batch_size", "gradient_checkpointing", "passes"}                       # a resumed run may change these; another device has other singular vectors
+CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1), "gradient_checkpointing": (0, 1), "offload_bases": (0, 1)}
+PLACES = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "offload_bases"}                       # a resumed run may change these; another device has other singular vectors
 
 
 def parse_options(arguments=None):
@@ -283,8 +284,8 @@ def solve(options, model, texts, examples, seconds):
             C_task = covariances(options, model, [e["ids"] for e in ev.share(examples[:options.task_samples])], "C_task", names)
         with stage(seconds, "eigenproblems"):
             bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-            solved = folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)
-        sites += [{key: value.cpu() if torch.is_tensor(value) else value for key, value in site.items()} for site in solved]     # attach moves them back
+            sites += [{key: value.cpu() if torch.is_tensor(value) else value for key, value in site.items()}         # attach moves them back
+                      for site in folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)]    # in no variable: the next pass needs the room
     return sites
 
 
@@ -292,7 +293,8 @@ def add_adapters(options, model, sites=None, C_pre=None, targets=folora.TARGET_M
     """Adapters in place; the optimiser of the method, which needs what METHODS says: `sites` from solve, C_pre, or nothing."""
     update = options.update_a or METHODS[options.method][2]
     if options.method == "folora":
-        optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start))
+        optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start),
+                                  bool(options.offload_bases))
         for group in optimizer.param_groups if update != "gated" else ():
             group["basis"] = group["gate"] = None          # a group without a basis is plain Adam
     else:

@@ -98,9 +98,9 @@ def blank_sites(model, rank):
 
 
 def adapted(model, method, rank):
-    """(loss module, optimiser): FoLoRA, or LoRA under torch's AdamW (foreach on a CPU and fused on a GPU)."""
-    if method == "folora":
-        return train_math.SummedNLL(model), folora.attach(model, blank_sites(model, rank), 1e-4)
+    """(loss module, optimiser): folora; offload, which has its bases on the host; or lora under torch's AdamW (foreach on a CPU and fused on a GPU)."""
+    if method != "lora":
+        return train_math.SummedNLL(model), folora.attach(model, blank_sites(model, rank), 1e-4, offload_bases=method == "offload")
     optimizer = train_math.add_adapters(train_math.parse_options(["--method", "lora", "--rank", str(rank), "--lr", "1e-4"]), model)
     groups = [{key: value for key, value in group.items() if key in ("params", "lr")} for group in optimizer.param_groups]
     return train_math.SummedNLL(model), torch.optim.AdamW(groups, weight_decay=0.0, **({"fused": True} if model.device.type == "cuda" else {"foreach": True}))
@@ -144,7 +144,7 @@ class Alive(TorchDispatchMode):
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
-        if storage not in self.seen:
+        if storage not in self.seen and tensor.device.type != "meta":          # which stands for the host
             self.seen[storage] = True
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -159,18 +159,26 @@ class Alive(TorchDispatchMode):
         return out
 
 
+def blank_model(shape):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.set_default_dtype(torch.bfloat16)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
 def count_step(shape, method, rank, batch, length, checkpointing):
     """GB at the peak of two training steps on `batch` x `length` tokens in bfloat16. No fragmentation, no library's workspace."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
     # Numbers that are not there cannot be asked whether they are zero: B0.any(), which decides if W_res takes W0's place.
     with FakeTensorMode(), mock.patch.object(torch.Tensor, "any", lambda tensor: False):
-        torch.set_default_dtype(torch.bfloat16)
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
-        torch.set_default_dtype(torch.float32)
+        model = blank_model(shape)
         _, optimiser = adapted(model, method, rank)
         train_math.recompute(model, checkpointing)
+        spectral = [group for group in optimiser.param_groups if group.get("basis") is not None]
+        for group in spectral if method == "offload" else ():                  # what is sent is counted
+            group["basis"] = group["basis"].to("meta")
         with Alive() as alive:
-            for tensor in (*model.parameters(), *model.buffers(), *(g["basis"] for g in optimiser.param_groups if g.get("basis") is not None)):
+            for tensor in (*model.parameters(), *model.buffers(), *(group["basis"] for group in spectral)):
                 alive.add(tensor)
             for _ in range(2):
                 ids = torch.randint(10, 100, (batch, length))
@@ -182,14 +190,30 @@ def count_step(shape, method, rank, batch, length, checkpointing):
         return alive.peak / 1e9
 
 
+def count_preparation(shape, rank, length):
+    """GB at the peak of covariances and eigenproblems at train_math.py's defaults, a batch of each text; what it moves to the host is not counted."""
+    options = train_math.parse_options(["--model", "any", "--rank", str(rank)])
+    texts = [[1] * length] * options.micro_batch_size
+    with FakeTensorMode(), mock.patch.object(torch.Tensor, "any", lambda tensor: False), mock.patch.object(torch.Tensor, "all", lambda tensor: True), \
+            mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor.to("meta")), mock.patch.object(folora, "_checked", lambda name, tokens, gram: gram):
+        model = blank_model(shape)
+        with Alive() as alive:
+            for parameter in model.parameters():
+                alive.add(parameter)
+            train_math.solve(options, model, texts, [{"ids": ids} for ids in texts], {})
+        return alive.peak / 1e9
+
+
 def counts(quick):
-    rows = []
-    for checkpointing in (0, 1):
-        what = "peak memory of a step, Qwen3-1.7B's shapes, rank 128, 16 x 512 tokens" + (", gradient checkpointing" if checkpointing else "")
-        ours, loras = (count_step(SMALL if quick else QWEN3, method, 8 if quick else 128, 16, 32 if quick else 512, checkpointing) for method in ("folora", "lora"))
-        rows += [counted(f"{what}: FoLoRA / LoRA", ours / loras, 1.148, 1.06, "ratio"), counted(f"{what}: FoLoRA", ours, 56.9, 30)]
-    ours = count_step(SMALL if quick else QWEN2_5, "folora", 8 if quick else 128, 16, 32 if quick else 512, 1)
-    return rows + [counted("peak memory of a step, Qwen2.5-1.5B's shapes, the script's defaults: FoLoRA", ours, None, 23.6)]
+    rank, length, rows = 8 if quick else 128, 32 if quick else 512, []
+    for checkpointing, what in enumerate(("", ", gradient checkpointing")):
+        peaks = {method: count_step(SMALL if quick else QWEN3, method, rank, 16, length, checkpointing) for method in ("lora", "folora", "offload")}
+        for method, how in (("folora", ""), ("offload", ", bases on the host")):
+            name = f"peak memory of a step, Qwen3-1.7B's shapes, rank 128, 16 x 512 tokens{what}{how}"
+            rows += [counted(f"{name}: FoLoRA / LoRA", peaks[method] / peaks["lora"], 1.148, 1.06, "ratio"), counted(f"{name}: FoLoRA", peaks[method], 56.9, 30)]
+    shape, name = SMALL if quick else QWEN2_5, "Qwen2.5-1.5B's shapes, the script's defaults: FoLoRA"
+    return rows + [counted(f"peak memory of a step, {name}", count_step(shape, "folora", rank, 16, length, 1), None, 23.6),
+                   counted(f"peak memory of covariances and eigenproblems, {name}", count_preparation(shape, rank, length), None, 23.6)]
 
 
 # ---- preparation, each measurement in a process of its own (its peak memory is its own) --------------------------------------------
