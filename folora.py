@@ -463,6 +463,9 @@ def null_space(C, rank):
     With A0 = U_perpᵀ the first of Eq. 3's two terms, dB A0 X_pre, is as small as it can be: no orthonormal rows have less energy
     ‖A0 X‖²_F than the sum of the `rank` smallest eigenvalues. In float32 it is right to about 1e-7 of the largest eigenvalue,
     which is how well C itself is known. ValueError if rank > d_in.
+
+    Inverse iteration for r directions is no cheaper. At rank 32 of SmolLM2, in blocks of 2 r, 8 steps on H's factor leave up to 1.6
+    times the energy (τ hides what is below it), and on a factor of C itself 1.02 times it, in the time of a whole eigh at rank 64.
     """
     if not 0 < rank <= C.shape[-1]:
         raise ValueError(f"rank must be between 1 and the input width {C.shape[-1]}, not {rank}")

@@ -97,6 +97,9 @@ def blank_sites(model, rank):
     return sites
 
 
+HOW = {"folora": "", "offload": ", bases on the host"}
+
+
 def adapted(model, method, rank):
     """(loss module, optimiser): folora; offload, which has its bases on the host; or lora under torch's AdamW (foreach on a CPU and fused on a GPU)."""
     if method != "lora":
@@ -112,12 +115,12 @@ def floor(model, rank, tokens):
     return 1 + more / (4 * sum(p.numel() for p in model.parameters()) * tokens)
 
 
-def steps(model, name, rank, batch, length, micro, repetitions, paper, bar):
+def steps(model, name, rank, batch, length, micro, repetitions, paper, bar, methods=("lora", "folora")):
     """A training step and its optimiser's part, FoLoRA / LoRA."""
     what = f"{name}, rank {rank}, {batch} x {length} tokens"
     least = floor(model, rank, batch * length)
     texts, works, optimisers = examples(model, batch, length), {}, {}
-    for method in ("lora", "folora"):
+    for method in methods:
         loss, optimiser = adapted(copy.deepcopy(model), method, rank)
         works[method] = lambda loss=loss, optimiser=optimiser: train_math.train_step(loss, optimiser, texts, micro)
         optimisers[method] = optimiser
@@ -126,8 +129,9 @@ def steps(model, name, rank, batch, length, micro, repetitions, paper, bar):
         for p in (p for group in optimiser.param_groups for p in group["params"]):
             p.grad = torch.randn_like(p)
     own = alternate({name: optimiser.step for name, optimiser in optimisers.items()}, max(5, repetitions), "optimisers")
-    return [row(f"training step, {what}: FoLoRA / LoRA (by operations: {least:.3f})", [a / b for a, b in zip(whole["folora"], whole["lora"])], "ratio", paper, bar),
-            row(f"training step, {what}: LoRA", whole["lora"], "s"),
+    ratios = [row(f"training step, {what}{HOW[method]}: FoLoRA / LoRA (by operations: {least:.3f})", [a / b for a, b in zip(whole[method], whole["lora"])], "ratio", paper, bar)
+              for method in methods[1:]]
+    return [*ratios, row(f"training step, {what}: LoRA", whole["lora"], "s"),
             row(f"training step, {what}: LoRA again / before (noise)", [b / a for a, b in zip(whole["lora"], whole["lora"][1:])], "ratio"),
             row(f"optimiser step, {what}: FoLoRA - LoRA, share of LoRA's training step",
                 [(a - b) / statistics.median(whole["lora"]) for a, b in zip(own["folora"], own["lora"])], "ratio")]
@@ -208,8 +212,8 @@ def counts(quick):
     rank, length, rows = 8 if quick else 128, 32 if quick else 512, []
     for checkpointing, what in enumerate(("", ", gradient checkpointing")):
         peaks = {method: count_step(SMALL if quick else QWEN3, method, rank, 16, length, checkpointing) for method in ("lora", "folora", "offload")}
-        for method, how in (("folora", ""), ("offload", ", bases on the host")):
-            name = f"peak memory of a step, Qwen3-1.7B's shapes, rank 128, 16 x 512 tokens{what}{how}"
+        for method in HOW:
+            name = f"peak memory of a step, Qwen3-1.7B's shapes, rank 128, 16 x 512 tokens{what}{HOW[method]}"
             rows += [counted(f"{name}: FoLoRA / LoRA", peaks[method] / peaks["lora"], 1.148, 1.06, "ratio"), counted(f"{name}: FoLoRA", peaks[method], 56.9, 30)]
     shape, name = SMALL if quick else QWEN2_5, "Qwen2.5-1.5B's shapes, the script's defaults: FoLoRA"
     return rows + [counted(f"peak memory of a step, {name}", count_step(shape, "folora", rank, 16, length, 1), None, 23.6),
@@ -224,10 +228,10 @@ def first_layers(name, layers):
     return model
 
 
-def prepare_folora(name, layers, texts, rank):
+def prepare_folora(name, layers, texts, rank, passes):
     model = first_layers(name, layers)
     sequences = torch.randint(10, model.config.vocab_size, texts).tolist()
-    options = argparse.Namespace(micro_batch_size=8, rank=rank, tau=0.01, passes=1, task_samples=len(sequences))
+    options = argparse.Namespace(micro_batch_size=8, rank=rank, tau=0.01, passes=passes, task_samples=len(sequences))
     return lambda: train_math.solve(options, model, sequences, [{"ids": ids} for ids in sequences], {})
 
 
@@ -284,12 +288,16 @@ def in_a_process(make, *arguments):
 def preparations(name, layers, texts, rank, repetitions):
     """FoLoRA's preparation against PEFT's CorDA: each reads the same text, FoLoRA twice (for C_pre and for C_task)."""
     import peft
-    pairs = [[in_a_process(make, name, layers, texts, rank) for make in (prepare_folora, prepare_corda)] for _ in tqdm(range(repetitions), desc="preparations")]
-    what = f"preparation of {layers} layers, {texts[0]} x {texts[1]} tokens, rank {rank}"
-    return [row(f"{what}: PEFT {peft.__version__}'s CorDA / FoLoRA", [corda[0] / ours[0] for ours, corda in pairs], "ratio", None, 4),
-            row(f"{what}: FoLoRA", [ours[0] for ours, _ in pairs], "s"),
-            row(f"{what}: peak memory added, FoLoRA / CorDA", [ours[1] / corda[1] for ours, corda in pairs], "ratio", None, 1),
-            row(f"{what}: peak memory added, FoLoRA", [ours[1] for ours, _ in pairs], "GB")]
+    works = {"": (prepare_folora, 1), ", --passes 3": (prepare_folora, 3), "CorDA": (prepare_corda,)}
+    runs = [{how: in_a_process(make, name, layers, texts, rank, *passes) for how, (make, *passes) in works.items()} for _ in tqdm(range(repetitions), desc="preparations")]
+    rows, corda = [], [run.pop("CorDA") for run in runs]
+    for how in runs[0]:
+        what, ours = f"preparation of {layers} layers, {texts[0]} x {texts[1]} tokens, rank {rank}{how}", [run[how] for run in runs]
+        rows += [row(f"{what}: PEFT {peft.__version__}'s CorDA / FoLoRA", [theirs[0] / mine[0] for mine, theirs in zip(ours, corda)], "ratio", None, 4),
+                 row(f"{what}: FoLoRA", [mine[0] for mine in ours], "s"),
+                 row(f"{what}: peak memory added, FoLoRA / CorDA", [mine[1] / theirs[1] for mine, theirs in zip(ours, corda)], "ratio", None, 1),
+                 row(f"{what}: peak memory added, FoLoRA", [mine[1] for mine in ours], "GB")]
+    return rows
 
 
 # ---- how each stage grows -----------------------------------------------------------------------------------------------------------
@@ -302,7 +310,7 @@ def covariance_work(d=512, tokens=2048):
 def eigen_work(d=256, layers=1):
     C = {str(i): (lambda x: x.mT @ x / len(x))(torch.randn(2 * d, d)) for i in range(layers)}
     other = {name: (lambda x: x.mT @ x / len(x))(torch.randn(2 * d, d)) for name in C}
-    return lambda: folora.decompose(C, other, min(32, d))
+    return lambda: folora.decompose(dict(C), dict(other), min(32, d))
 
 
 def sadam_work(d=1024, rank=64, layers=1):
@@ -314,8 +322,8 @@ def sadam_work(d=1024, rank=64, layers=1):
 
 # stage, what grows, its sizes, the operations as a power of it, and their count
 SCALING = [
-    ("covariance", covariance_work, "d", (512, 1024, 2048, 4096), 2, "2 T d²"),
-    ("covariance", covariance_work, "tokens", (2048, 4096, 8192, 16384), 1, "2 T d²"),
+    ("covariance", covariance_work, "d", (512, 1024, 2048, 4096), 2, "T d (d + 256), C being symmetric"),
+    ("covariance", covariance_work, "tokens", (2048, 4096, 8192, 16384), 1, "T d (d + 256), C being symmetric"),
     ("eigenproblem", eigen_work, "d", (256, 512, 1024, 2048), 3, "two eigh, 9 d³ each, and 4 triangular d³ solves"),
     ("eigenproblem", eigen_work, "layers", (2, 4, 8, 16), 1, "one a distinct input"),
     ("SAdam step", sadam_work, "d", (512, 1024, 2048, 4096), 2, "4 r d²"),
@@ -364,11 +372,12 @@ def gpu_rows(quick):
     cuda = torch.cuda.is_available()
     shape, device, dtype = (SMALL if quick else QWEN3), "cuda" if cuda else "cpu", torch.bfloat16
     rank, length, batch, texts = (8, 32, 8, 16) if quick else (128, 512, 128, 2000)
-    rows = steps(random_model(shape, dtype, device), "Qwen3-1.7B's shapes", rank, batch, length, 16, 5, 1.016, 1.005)
+    rows = steps(random_model(shape, dtype, device), "Qwen3-1.7B's shapes", rank, batch, length, 16, 5, 1.016, 1.005, ("lora", *HOW))
     if cuda:
-        peaks = {method: peak_of_a_step(shape, method, rank, batch, length, 16, dtype, device) for method in ("lora", "folora")}
-        rows += [row("peak memory of that step: FoLoRA / LoRA", [peaks["folora"] / peaks["lora"]], "ratio", 1.148, 1.06),
-                 row("peak memory of that step: FoLoRA", [peaks["folora"]], "GB", 56.9, 30)]
+        peaks = {method: peak_of_a_step(shape, method, rank, batch, length, 16, dtype, device) for method in ("lora", *HOW)}
+        for method in HOW:
+            rows += [row(f"peak memory of that step{HOW[method]}: FoLoRA / LoRA", [peaks[method] / peaks["lora"]], "ratio", 1.148, 1.06),
+                     row(f"peak memory of that step{HOW[method]}: FoLoRA", [peaks[method]], "GB", 56.9, 30)]
     model, taken = random_model(shape, dtype, device), {}
     options = argparse.Namespace(micro_batch_size=16, rank=rank, tau=0.01, passes=1, task_samples=texts)
     sequences = torch.randint(10, shape["vocab_size"], (texts, length)).tolist()
