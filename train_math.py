@@ -197,8 +197,8 @@ def check_ranges(parser, options):
 
 # ---- the run's directory --------------------------------------------------------------------------------------------
 
-def open_run(options):
-    """The run's directory, new or to be resumed; config.json written. One clear line if it belongs to another run."""
+def check_run(options):
+    """One clear line if the run's directory belongs to another run."""
     out, mine = Path(options.out), vars(options)
     config = out / "config.json"
     if (out / "summary.json").exists():
@@ -210,12 +210,17 @@ def open_run(options):
         differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in mine if k not in PLACES and mine[k] != theirs.get(k)]
         if differ:
             sys.exit(f"{out} holds an unfinished run with {', '.join(differ)}: give the same options to go on with it, or another --out")
+
+
+def open_run(options):
+    """The run's directory, new or to be resumed; config.json written."""
+    out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         sys.exit(f"--out {out} cannot be made: {error.strerror}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    config.write_text(json.dumps({"options": mine, "versions": versions}, indent=1))
+    (out / "config.json").write_text(json.dumps({"options": vars(options), "versions": versions}, indent=1))
 
 
 def save(value, path):
@@ -431,7 +436,8 @@ def load(options):
     options.device, options.dtype = str(device), str(dtype).removeprefix("torch.")       # config.json says what "auto" came to
     if options.gradient_checkpointing is None:
         options.gradient_checkpointing = int(device.type == "cuda")
-    ev.resolve_model(options.model)                        # what needs no download is looked at first
+    check_run(options)                                     # what needs no download is looked at first
+    ev.resolve_model(options.model)
     folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     if options.calibration != "self":

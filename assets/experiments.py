@@ -197,17 +197,19 @@ def run_all(name, suite, wanted, workers):
 
 # ---- what is run ----------------------------------------------------------------------------------------------------
 
-# label: (flags, four learning rates on tiny, four on SmolLM2)
+# label: (flags, the last of which is swept; its values on tiny; on SmolLM2)
+LAM = "FoLoRA, tuned, λ swept at lr 3e-3"
 FRONTS = {
-    "LoRA": (["--method", "lora"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("3e-4", "1e-3", "2e-3", "4e-3")),
-    "MiLoRA": (["--method", "milora"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "5e-4", "1e-3")),
-    "CorDA": (["--method", "corda"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "2e-4", "3e-4", "1e-3")),
-    "OPLoRA": (["--method", "oplora"], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("3e-4", "1e-3", "2e-3", "4e-3")),
-    "LoRA-Null": (["--method", "lora-null"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "2e-4", "3e-4", "1e-3")),
-    "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
-    "FoLoRA, paper": ([], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "6e-4", "1e-3")),
-    "FoLoRA, tuned": (["--preset", "tuned"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("2e-3", "3e-3", "6e-3", "1.2e-2")),
-    "FoLoRA, tuned, the paper's start": (["--preset", "tuned", "--zero-start", "0"], ("8e-3", "1.1e-2", "1.6e-2", "3.2e-2"), ("1e-3", "2e-3", "3e-3", "6e-3")),
+    "LoRA": (["--method", "lora", "--lr"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "MiLoRA": (["--method", "milora", "--lr"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "3e-4", "5e-4", "1e-3")),
+    "CorDA": (["--method", "corda", "--lr"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "2e-4", "3e-4", "1e-3")),
+    "OPLoRA": (["--method", "oplora", "--lr"], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("3e-4", "1e-3", "2e-3", "4e-3")),
+    "LoRA-Null": (["--method", "lora-null", "--lr"], ("1e-3", "2e-3", "4e-3", "8e-3"), ("1e-4", "2e-4", "3e-4", "1e-3")),
+    "LoRA-Null v2 (A frozen)": (["--method", "lora-null-v2", "--lr"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("1e-3", "3e-3", "6e-3", "1.2e-2")),
+    "FoLoRA, paper": (["--lr"], ("2e-3", "4e-3", "8e-3", "1.6e-2"), ("1e-4", "3e-4", "6e-4", "1e-3")),
+    "FoLoRA, tuned": (["--preset", "tuned", "--lr"], ("4e-3", "8e-3", "1.6e-2", "3.2e-2"), ("2e-3", "3e-3", "6e-3", "1.2e-2")),
+    "FoLoRA, tuned, the paper's start": (["--preset", "tuned", "--zero-start", "0", "--lr"], ("8e-3", "1.1e-2", "1.6e-2", "3.2e-2"), ("1e-3", "2e-3", "3e-3", "6e-3")),
+    LAM: (["--preset", "tuned", "--lr", "3e-3", "--lam"], (), ("10", "3", "1", "0.3")),
 }
 # label: (flags beside the learning rate of the suite, change)
 ABLATIONS = {
@@ -221,6 +223,20 @@ ABLATIONS = {
     "s_min = 0.1": (["--s-min", "0.1"], None),
     "s_min = 0.5": (["--s-min", "0.5"], None),
     "B restrained too": ([], "gate on B"),
+}
+# label: (flags, change), on SmolLM2
+TUNED_ABLATIONS = {
+    "tuned": (["--preset", "tuned", "--lr", "3e-3"], None),
+    "tuned, the paper's start": (["--preset", "tuned", "--zero-start", "0", "--lr", "3e-3"], None),
+    "tuned, the paper's gate (λ = 1, s_min = 0.3)": (["--zero-start", "1", "--lr", "3e-3"], None),
+    "tuned, λ = 1": (["--preset", "tuned", "--lr", "3e-3", "--lam", "1"], None),
+    "tuned, s_min = 0.3": (["--preset", "tuned", "--s-min", "0.3", "--lr", "3e-3"], None),
+    "tuned, gate off, lr of A 1e-3": (["--preset", "tuned", "--s-min", "1", "--lr", "3e-3", "--lr-a", "1e-3"], None),
+    "tuned, basis off (plain Adam)": (["--preset", "tuned", "--update-a", "plain", "--lr", "3e-3"], None),
+    "tuned, basis off, lr of A 1e-3": (["--preset", "tuned", "--update-a", "plain", "--lr", "3e-3", "--lr-a", "1e-3"], None),
+    "tuned, A frozen": (["--preset", "tuned", "--update-a", "frozen", "--lr", "3e-3"], None),
+    "tuned, A frozen, lr 1e-2": (["--preset", "tuned", "--update-a", "frozen", "--lr", "1e-2"], None),
+    "tuned, Adam's moments in A's own coordinates, the gate after": (["--preset", "tuned", "--lr", "3e-3"], "gate after"),
 }
 
 
@@ -237,36 +253,39 @@ SUITE = {
                "--dtype bfloat16 --eval-samples 64 --log-every 1000",
 }
 SUITE["fresh"] = SUITE["smollm2"].replace("--eval-samples 64", "--eval-samples 250")
-# Each front's learning rate of lowest NLL in `smollm2` (of FoLoRA, paper: the last before its KL grows fourfold), and more of the three fronts
-# of least KL. Seeds, rows and text of their own
-FRESH = (("LoRA", "2e-3"), ("MiLoRA", "1e-3"), ("CorDA", "3e-4"), ("CorDA", "1e-4"), ("OPLoRA", "2e-3"), ("LoRA-Null", "1e-3"),
-         ("LoRA-Null v2 (A frozen)", "3e-3"), ("LoRA-Null v2 (A frozen)", "1e-3"), ("FoLoRA, paper", "3e-4"),
-         ("FoLoRA, tuned", "2e-3"), ("FoLoRA, tuned", "3e-3"), ("FoLoRA, tuned", "6e-3"))
+# The preset's path in `smollm2`, from least KL to least NLL: the learning rate up to 3e-3, then λ down
+PATH = (("FoLoRA, tuned", "2e-3"), ("FoLoRA, tuned", "3e-3"), (LAM, "3"), (LAM, "1"))
+# With seeds, rows and text of their own: each front's learning rate of lowest NLL in `smollm2`, and more of the four fronts of least KL
+FRESH = (("LoRA", "2e-3"), ("MiLoRA", "5e-4"), ("CorDA", "3e-4"), ("CorDA", "1e-4"), ("OPLoRA", "2e-3"), ("LoRA-Null", "1e-3"),
+         ("LoRA-Null v2 (A frozen)", "3e-3"), ("LoRA-Null v2 (A frozen)", "1e-3"), ("FoLoRA, paper", "6e-4"), ("FoLoRA, paper", "3e-4"),
+         *PATH, ("FoLoRA, tuned", "6e-3"))
 FRESH_SEEDS, FRESH_TEST = (3, 4, 5), slice(64, 192)        # `smollm2` looks at the first 64 test solutions
 TARGET = {"tiny": "NLL of unseen word problems' solutions, nat/token", "smollm2": "NLL of GSM8K test solutions, nat/token"}
 
 
 def front(label, suite):
-    """[(learning rate, flags)] of a method's front."""
-    flags, *rates = FRONTS[label]
-    return [(lr, [*flags, "--lr", lr]) for lr in rates[suite == "smollm2"]]
+    """[(learning rate or λ, flags)] of a method's front."""
+    flags, *values = FRONTS[label]
+    return [(value, [*flags, value]) for value in values[suite == "smollm2"]]
 
 
 def screening(suite):
-    """Every learning rate of every front, with the first seed."""
+    """Every point of every front, with the first seed."""
     return [(flags, None, 0) for label in FRONTS for _, flags in front(label, suite)]
 
 
 def best(results, suite):
-    """The other seeds of each front's learning rate with the lowest NLL at the first seed."""
+    """The other seeds of each front's point with the lowest NLL at the first seed."""
     nll = {json.dumps(r["flags"]): r["scores"]["nll"] for r in results["runs"] if r["change"] is None and r["seed"] == SEEDS[0]}
-    found = [min((flags for _, flags in front(label, suite)), key=lambda flags: nll[json.dumps(flags)]) for label in FRONTS]
+    found = [min((flags for _, flags in front(label, suite)), key=lambda flags: nll[json.dumps(flags)]) for label in FRONTS if front(label, suite)]
     return [(flags, None, seed) for seed in SEEDS[1:] for flags in found]
 
 
 def ablations(suite):
+    """{label: (flags, change)}: of the paper's setting, and on SmolLM2 of the preset."""
     lr = FRONTS["FoLoRA, paper"][1 + (suite == "smollm2")][1]
-    return {label: ([*flags, "--lr", lr], change) for label, (flags, change) in ABLATIONS.items()}
+    out = {label: ([*flags, "--lr", lr], change) for label, (flags, change) in ABLATIONS.items()}
+    return out if suite == "tiny" else {**out, **TUNED_ABLATIONS}
 
 
 def fresh():
@@ -306,6 +325,8 @@ def main():
     parser.add_argument("--only", choices=("fronts", "ablations", "sources"), help="one part of the suite")
     parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), help="runs at a time (default: one a core, or one on a GPU)")
     options = parser.parse_args()
+    if options.only and options.suite == "fresh":
+        parser.error("--only is a part of tiny or smollm2: fresh has no parts")
     for name in ("model", "data", "test", "nq", "webqs"):
         if getattr(options, name) and Path(getattr(options, name)).exists():
             setattr(options, name, str(Path(getattr(options, name)).resolve()))
@@ -373,7 +394,7 @@ def points(results, flags, change=None):
 
 
 def at(line, x):
-    """y of a front [(x, y)], in the order of its learning rates, at the target score x: straight lines between its points, the first
+    """y of a front [(x, y)], in the order of its points, at the target score x: straight lines between its points, the first
     crossing; None if it never gets there."""
     for (x0, y0), (x1, y1) in zip(line, line[1:]):
         if min(x0, x1) <= x <= max(x0, x1):
@@ -395,7 +416,7 @@ def there(ours, point, metric):
 
 
 def line_of(result, label, suite):
-    """[(learning rate, points)] of a front, as far as it has been run."""
+    """[(learning rate or λ, points)] of a front, as far as it has been run."""
     return [(lr, found) for lr, flags in front(label, suite) if (found := points(result, flags))]
 
 
@@ -406,7 +427,7 @@ def print_fronts(suite, result):
     lines = {label: line_of(result, label, suite) for label in FRONTS}
     ours = {label: [p for _, p in lines[label]] for label in FRONTS if label.startswith("FoLoRA") and lines[label]}
     print(f"\n{suite}: {TARGET[suite]}; KL (drift), nat/token; mean ± standard deviation of the seeds, where there are several\n")
-    print("| method | lr | " + " | ".join(shown) + " | " + " | ".join(f"{label}, there: {m}" for label in ours for m in compared) + " |")
+    print("| method | lr or λ | " + " | ".join(shown) + " | " + " | ".join(f"{label}, there: {m}" for label in ours for m in compared) + " |")
     print("|---" * (2 + len(shown) + len(ours) * len(compared)) + "|")
     print("| untouched | | " + " | ".join(f"{result['untouched'][m]:.4g}" for m in shown) + " |" + " |" * (len(ours) * len(compared)))
     for label, line in lines.items():
@@ -419,13 +440,13 @@ def print_fresh(result):
     """The repetition of the best settings: every score, and the tuned preset's KL at the same NLL."""
     found = {(label, lr): points(result, dict(front(label, "smollm2"))[lr]) for label, lr in FRESH}
     found = {key: point for key, point in found.items() if point}
-    ours = [point for (label, _), point in found.items() if label.endswith("tuned")]
+    ours = [found[key] for key in PATH if key in found]
     shown = list(result["untouched"])
     print("\nfresh: 128 other test solutions, 32 other held-out texts, other seeds; nat/token\n")
-    print("| method | lr | seeds | " + " | ".join(shown) + " | KL of tuned, there |\n" + "|---" * (4 + len(shown)) + "|")
+    print("| method | lr or λ | seeds | " + " | ".join(shown) + " | KL of tuned, there |\n" + "|---" * (4 + len(shown)) + "|")
     print("| untouched | | | " + " | ".join(f"{result['untouched'][m]:.4f}" for m in shown) + " | |")
     for (label, lr), point in found.items():
-        print(f"| {label} | {lr} | {point['nll'][2]} | " + " | ".join(with_spread(point[m], 4) for m in shown) + f" | {'' if label.endswith('tuned') else there(ours, point, 'drift')} |")
+        print(f"| {label} | {lr} | {point['nll'][2]} | " + " | ".join(with_spread(point[m], 4) for m in shown) + f" | {'' if point in ours else there(ours, point, 'drift')} |")
 
 
 def print_settings(suite, result, settings):
@@ -461,8 +482,8 @@ def draw_tradeoff(results):
             line = [p for _, p in line_of(results[suite], label, suite)]
             ours = label.startswith("FoLoRA")
             x, y = ([p[m] for p in line] for m in ("nll", metric))
-            axis.errorbar([v[0] for v in x], [v[0] for v in y], [v[1] for v in y], [v[1] for v in x], label=label, marker="os^vD<>P*"[i],
-                          color={6: "C1", 7: "C3", 8: "C4"}[i] if ours else pyplot.cm.tab20c(16 + i % 4 if i < 4 else 4 + i), zorder=3 if ours else 2,
+            axis.errorbar([v[0] for v in x], [v[0] for v in y], [v[1] for v in y], [v[1] for v in x], label=label, marker="os^vD<>P*X"[i],
+                          color={6: "C1", 7: "C3", 8: "C4", 9: "C2"}[i] if ours else pyplot.cm.tab20c(16 + i % 4 if i < 4 else 4 + i), zorder=3 if ours else 2,
                           linewidth=2 if ours else 1, markersize=5, capsize=2)
         axis.set(xlabel=TARGET[suite], ylabel="KL from the untouched model, nat/token" if metric == "drift" else "what it knew before: mean of four scores, %",
                  title=f"{'tiny' if suite == 'tiny' else 'SmolLM2-135M, GSM8K'}: {'forgetting' if metric == 'drift' else 'preservation'}")
