@@ -475,11 +475,20 @@ def test_sampling_draws_decoding_from_the_mixture_in_batches():
     assert all(t.dtype == torch.long and t.ndim == 1 and t[0] == 1 and len(t) == 41 for t in texts)
     share = {}
     for call in model.calls:
-        assert call["do_sample"] and call["repetition_penalty"] == 1.0 and (call["min_new_tokens"], call["max_new_tokens"]) == (30, 60) and call["count"] <= 128
+        assert call["do_sample"] and (call["min_new_tokens"], call["max_new_tokens"]) == (30, 60) and call["count"] <= 128
         key = call["temperature"], call["top_p"], call["top_k"]
         share[key] = share.get(key, 0) + call["count"] / 2000
     assert share == {(1.0, 1.0, 0): pytest.approx(0.7, abs=0.04), (1.0, 0.95, 0): pytest.approx(0.2, abs=0.04), (1.2, 0.98, 50): pytest.approx(0.1, abs=0.03)}
     assert len(model.calls) <= 2 * 3 + 2000 // 128
+
+
+def test_sampling_is_plain_whatever_the_model_is_configured_for(tiny):
+    model, config = copy.deepcopy(tiny[0]), dict(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, num_beams=2, return_dict_in_generate=True)
+    sample = lambda: [t.tolist() for t in folora.sample_calibration(model, tiny[1], 4, 32, 64)]
+    plain = sample()
+    for name, value in config.items():
+        setattr(model.generation_config, name, value)
+    assert sample() == plain and all(getattr(model.generation_config, name) == value for name, value in config.items())
 
 
 def test_sampling_replaces_rejects_and_duplicates_and_cuts_at_end_of_sequence():
