@@ -532,6 +532,7 @@ def main(arguments=None):
             start_processes(options)
         run(options)
         if folora.processes()[1] > 1:
+            torch.distributed.barrier()                    # gloo's threads may still be letting go of the last sum, for which they need Python
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         goes_on = (Path(options.out) / "prepared.pt").exists()
