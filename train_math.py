@@ -453,6 +453,7 @@ def load(options):
 def start_processes(options):
     """Join torchrun's processes: each with its own GPU, all with one --out."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"      # sums of scores are on the CPU
+    from torch.distributed import nn as _                  # DDP imports it: after the group, it would hold on to it, and gloo's threads may abort at exit
     torch.distributed.init_process_group(backend, timeout=timedelta(days=1))     # one process may write text for longer than another
     world, local = folora.processes()[1], int(os.environ["LOCAL_RANK"])
     for name in ("batch_size", "calibration_samples", "task_samples", "eval_samples"):
@@ -532,7 +533,6 @@ def main(arguments=None):
             start_processes(options)
         run(options)
         if folora.processes()[1] > 1:
-            torch.distributed.barrier()                    # gloo's threads may still be letting go of the last sum, for which they need Python
             torch.distributed.destroy_process_group()
     except KeyboardInterrupt:
         goes_on = (Path(options.out) / "prepared.pt").exists()
