@@ -1,27 +1,28 @@
 """Fine-tune a language model on maths with FoLoRA, and show what it learned and what it kept.
 
-    python train_math.py                                   # the embedded model, on CPU: under three minutes
-    python train_math.py --method lora                     # the same with plain LoRA
-    python train_math.py --model Qwen2.5-1.5B              # GSM8K from the hub, on a CUDA GPU
-    torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B     # the same on four GPUs
-    python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,nq_open=NQ.jsonl,drift      # everything local
+    python train_math.py                              # the embedded model, on a CPU
+    python train_math.py --model Qwen2.5-1.5B         # GSM8K from the hub, on a CUDA GPU
+    torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B           # on four GPUs
+    python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,drift        # local
 
-The run is kept in --out: config.json (every option as resolved, versions), metrics.jsonl, summary.json (scores, seconds of each
-stage, peak memory), merged/ (a plain Hugging Face checkpoint). The same command with the same --out goes on where an interrupted
-run was last saved, and ends with the same numbers (on a GPU: up to rounding). A line of metrics.jsonl:
+The run is kept in --out: config.json (all options, versions), metrics.jsonl, summary.json (scores,
+seconds of each stage, peak memory) and merged/ (a plain Hugging Face checkpoint). The same command
+with the same --out resumes an interrupted run and ends with the same numbers.
+A line of metrics.jsonl:
 
-    step             optimiser steps done             loss        mean NLL of the batch's response tokens before the step, nat
-    lr               of B, at that step               grad_norm   of all gradients together, before clipping at 1
-    tokens_per_s     tokens trained on (no padding)   drift       KL(untouched || now), nat per token, at 256 positions spread
-                                                                  over the held-out text; every --log-every steps, else null
+    step           optimiser steps done
+    loss           mean NLL of the batch's response tokens before the step, in nat
+    lr             learning rate of A at that step
+    grad_norm      norm of all gradients together, before it is clipped at 1
+    tokens_per_s   tokens trained on, without padding
+    drift          KL(untouched || now) in nat per token, at 256 positions spread over held-out text
+                   that the untouched model wrote; measured every --log-every steps, else null
 """
 import argparse
 import errno
-import functools
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -29,187 +30,127 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-if int(os.environ.get("RANK", 0)):                         # one bar for all processes: tqdm reads this when it, or torch, is imported
+if int(os.environ.get("RANK", 0)):       # one bar for all processes: tqdm reads this when imported
     os.environ["TQDM_DISABLE"] = "1"
 
 import torch
-import torch.nn.utils.parametrize
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
 import eval as ev
 import folora
 
-try:
-    import resource
-except ImportError:                                        # Windows has none: no peak memory on a CPU there
-    resource = None
+# What --preset and --model tiny set, where the command line does not.
+PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=64, zero_start=1, lr=3e-3,
+                         calibration_samples=256),
+           "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, lr=3e-4)}
+TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=3200, batch_size=32,
+            micro_batch_size=8, max_length=256, calibration_samples=256, calibration_max_tokens=224,
+            passes=1, eval_samples=200)
+TINY_LR = {"tuned": 1e-2, "paper": 6e-3}
+RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "compare"}
 
 
-# ---- the baselines of the paper: starts A0 (r, d_in), B0 (d_out, r) from W (d_out, d_in) and C_pre (d_in, d_in), κ = alpha / r ----------
+# ---- options -------------------------------------------------------------------------------------
 
-def balanced(U, S, Vh, kappa):
-    """A0 = √(S/κ) Vᵀ and B0 = U √(S/κ): κ B0 A0 = U S Vᵀ, its singular values shared evenly."""
-    root = (S / kappa).sqrt()
-    return root[:, None] * Vh, U * root
-
-
-def milora(W, C, rank, kappa):
-    """MiLoRA: W = U S Vᵀ, the r smallest singular values."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return balanced(U[:, -rank:], S[-rank:], Vh[-rank:], kappa)
+def at_least(kind, low):
+    """An argparse type: a finite number of this kind that is not below `low`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite and at least {low}, not {text}")
+        return value
+    return number
 
 
-def corda(W, C, rank, kappa, damping=0.01):
-    """CorDA, knowledge-preserving: C̃ = C + damping · mean(diag C) I, W C̃ = U S Vᵀ, the r smallest; A0 = √(S/κ) Vᵀ C̃⁻¹."""
-    C = C + damping * C.diagonal().mean() * torch.eye(len(C), device=C.device)
-    U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
-    return balanced(U[:, -rank:], S[-rank:], torch.linalg.solve(C, Vh[-rank:], left=False), kappa)
+COUNT, NATURAL, RATE, POSITIVE = (at_least(kind, low) for kind, low in (
+    (int, 1), (int, 0), (float, 0), (float, 1e-9)))
+OPTIONS = [       # flag, type or choices, default, help and whose the default is
+    ("--model", str, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
+    ("--method", ("folora", "lora"), "folora", "lora is plain LoRA [the paper's]"),
+    ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
+    ("--compare", ("lora", "no"), "no", "lora: train LoRA as well; so with tiny [ours]"),
+    ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
+    ("--rank", COUNT, 128, "adapter rank [the paper's]"),
+    ("--alpha", POSITIVE, None, "scaling alpha / rank, none: 1 [ours]"),
+    ("--lr", RATE, 1e-3, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
+    ("--lam", POSITIVE, 1.0, "lambda, sharpness of the gate: more forgets less [the paper's]"),
+    ("--s-min", RATE, 0.3, "floor of the gate [the paper's]"),
+    ("--basis-rank", NATURAL, 0, "directions in which A may move, 0: all [the paper's]"),
+    ("--zero-start", NATURAL, 0, "1: B starts at 0; 0: at the paper's residual [the paper's]"),
+    ("--tau", POSITIVE, 0.01, "ridge, relative to C_pre's mean eigenvalue [ours]"),
+    ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
+    ("--max-steps", COUNT, None, "so many steps, whatever --epochs says [ours]"),
+    ("--max-samples", COUNT, 100_000, "the first so many examples [the paper's]"),
+    ("--batch-size", COUNT, 128, "examples a step [the paper's]"),
+    ("--micro-batch-size", COUNT, 16, "examples a forward pass: less memory [the paper's]"),
+    ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
+    ("--calibration", str, "self", "text not to forget: self, sampled from the model, or a hub "
+     "id or .jsonl with a field text [the paper's]"),
+    ("--calibration-samples", COUNT, 2000, "texts behind C_pre [the paper's]"),
+    ("--calibration-max-tokens", COUNT, 512, "tokens of such a text, at most [the paper's]"),
+    ("--calibration-model", str, None, "larger model that writes them [the paper's, on Qwen3]"),
+    ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
+    ("--passes", COUNT, 2, "read these texts so often, each time for a share of the layers: less "
+     "memory [ours]"),
+    ("--gradient-checkpointing", NATURAL, None, "1: less memory, more time; so on a GPU [ours]"),
+    ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
+    ("--eval-samples", COUNT, 500, "rows a task [ours]"),
+    ("--log-every", COUNT, 10, "steps between checkpoints and measurements of drift [ours]"),
+    ("--seed", NATURAL, 0, "of calibration text, adapters and the order of the data [ours]"),
+    ("--dtype", ("auto", *ev.DTYPES), "auto", "auto: bfloat16 on a GPU, else float32 [ours]"),
+    ("--device", str, "auto", "cuda, cpu, or auto: cuda if there is one [ours]"),
+    ("--out", str, None, "the run's directory; none: runs/<model>-<method>-<time> [ours]")]
 
 
-def lora_null(W, C, rank, kappa):
-    """LoRA-Null: U0 = the r eigenvectors of C with the least energy, no ridge; W U0 U0ᵀ = U S Vᵀ."""
-    U0 = least_energy(C, rank).mT                          # (d_in, r)
-    U, S, Vh = torch.linalg.svd(W @ U0, full_matrices=False)                 # (d_out, d_in) @ (d_in, r); its Vᵀ is Vh U0ᵀ
-    return balanced(U, S, Vh @ U0.mT, kappa)
-
-
-least_energy = functools.lru_cache(maxsize=1)(folora.null_space)             # q, k, v share one C: solved once
-
-
-class Complement(torch.nn.Module):
-    """OPLoRA: ΔW = (I - U_k U_kᵀ) B A (I - V_k V_kᵀ). Given Q (d, k) with orthonormal columns, this takes Q's span out of the columns of B
-    (dim 0) or out of the rows of A (dim 1); as a parametrization it does so wherever the factor is read."""
-
-    def __init__(self, Q, dim):
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("Q", Q.clone())               # Q is a view of all of U or V
-
-    def forward(self, factor):
-        return factor - self.Q @ (self.Q.mT @ factor) if self.dim == 0 else factor - (factor @ self.Q) @ self.Q.mT
-
-
-def baseline_adapter(options, base, C_pre):
-    """The LoRALinear of a baseline on the nn.Linear `base`."""
-    start, rank, W = METHODS[options.method][0], options.rank, base.weight.detach().float()
-    factors = start(W, C_pre, rank, options.alpha / rank if options.alpha else 1.0) if start else ()
-    adapter = folora.LoRALinear(base, rank, options.alpha, *factors)
-    if options.method == "oplora":                         # k = r: the paper has 128 for both
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        torch.nn.utils.parametrize.register_parametrization(adapter, "lora_A", Complement(Vh[:rank].mT, 1))
-        torch.nn.utils.parametrize.register_parametrization(adapter, "lora_B", Complement(U[:, :rank], 0))
-    return adapter
-
-
-# method: (its start, None: LoRA's or FoLoRA's; what it needs of the preparation; how A moves)
-METHODS = {
-    "folora": (None, "sites", "gated"),
-    "lora": (None, None, "plain"),
-    "lora-null": (lora_null, "C_pre", "plain"),
-    "lora-null-v2": (lora_null, "C_pre", "frozen"),
-    "milora": (milora, None, "plain"),
-    "corda": (corda, "C_pre", "plain"),
-    "oplora": (None, None, "plain"),
-}
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
-
-# option: (default, the default with --model tiny or None, whose value, help). --preset tuned replaces some: TUNED.
-OPTIONS = {
-    "model": ("tiny", None, "ours", "directory, hub id or short name (Qwen2.5-1.5B, Llama-2-7b, SmolLM2-135M); tiny is the embedded one"),
-    "method": ("folora", None, "paper", "folora, or a baseline of the paper, all on the same footing: " + ", ".join(list(METHODS)[1:])),
-    "update_a": (None, None, "paper", "how A moves; gated: SAdam; plain: Adam; frozen; none: as the method has it"),
-    "preset": ("paper", None, "paper", "paper, or tuned: a sharper gate, no floor, B = 0 at the start"),
-    "data": ("openai/gsm8k", "tiny/train.jsonl", "ours", "hub id or .jsonl with question/answer, query/response or instruction/output"),
-    "rank": (128, 32, "paper", "adapter rank"),
-    "alpha": (None, None, "ours", "scaling alpha / rank; none: 1"),
-    "lr": (3e-4, 6e-3, "ours", "learning rate of B and A (paper: 2e-5, over 781 steps of MetaMathQA)"),
-    "lr_a": (None, None, "ours", "learning rate of A; none: the same"),
-    "lam": (1.0, None, "paper", "lambda, the gate's sharpness"),
-    "s_min": (0.3, None, "paper", "the gate's floor"),
-    "tau": (0.01, None, "ours", "ridge, relative to the mean eigenvalue of C_pre"),
-    "zero_start": (0, None, "paper", "1: B starts at zero and W0 stays; 0: the paper's residual start"),
-    "epochs": (3, 2, "ours", "passes over the data (paper: 1)"),
-    "warmup": (0.03, None, "paper", "share of the steps in which the learning rate rises; then cosine to zero"),
-    "max_steps": (None, None, "ours", "so many steps, whatever --epochs says; the cosine ends there"),
-    "max_samples": (100_000, 3200, "paper", "the first N examples of the data"),
-    "batch_size": (128, 32, "paper", "examples a step"),
-    "micro_batch_size": (16, 8, "paper", "examples a forward pass: lower it if memory runs out"),
-    "max_length": (512, 256, "paper", "tokens an example"),
-    "calibration": ("self", None, "paper", "text that must not move: self (sampled from the model), or a hub id or .jsonl with text"),
-    "calibration_samples": (2000, 256, "paper", "sequences for C_pre"),
-    "calibration_max_tokens": (512, 224, "paper", "tokens of a sampled sequence, at most (at least: 128)"),
-    "calibration_model": (None, None, "paper", "another model to sample from, with the same tokenizer; none: the model itself"),
-    "gradient_checkpointing": (None, None, "ours", "1: keep one activation a layer and compute the others again: less memory, up to a third more time; 0: keep all; none: 1 on a GPU"),
-    "passes": (2, 1, "ours", "read the text so often, each time for a share of the layers: less memory for covariances"),
-    "offload_bases": (0, None, "ours", "1: keep the bases on the host, and send them at every step: less memory on a GPU"),
-    "task_samples": (256, None, "paper", "training examples for C_task"),
-    "tasks": (None, None, "ours", "what to score, as for eval.py; none: its default; empty: nothing"),
-    "eval_samples": (500, 200, "ours", "rows a task"),
-    "log_every": (10, None, "ours", "steps between two measurements of drift, and between two checkpoints"),
-    "seed": (0, None, "ours", "of the calibration text, the adapters and the order of the data"),
-    "dtype": ("auto", None, "ours", "of the base model: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float32 or float16"),
-    "device": ("auto", None, "ours", "cuda, cpu, or auto: cuda if there is one"),
-    "out": (None, None, "ours", "the run's directory; none: runs/<model>-<method>-<date and time>"),
-}
-TUNED = {"lam": 30.0, "s_min": 0.0, "zero_start": 1, "lr": 3e-3}
-CHOICES = {"method": tuple(METHODS), "update_a": ("gated", "plain", "frozen"), "preset": ("paper", "tuned"), "dtype": ("auto", *ev.DTYPES), "zero_start": (0, 1), "gradient_checkpointing": (0, 1), "offload_bases": (0, 1)}
-PLACES = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "offload_bases"}                       # a resumed run may change these; another device has other singular vectors
+def lora_lr(options):
+    """A good learning rate of plain LoRA, whatever FoLoRA's is."""
+    return 4e-3 if ev.is_tiny(options.model) else 1e-3
 
 
 def parse_options(arguments=None):
-    """The resolved options: what the command line says, else the preset's value, else tiny's, else the default."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, tiny, source, text) in OPTIONS.items():
-        columns = {source: default, "tiny": tiny, "tuned": TUNED.get(name)}
-        notes = [f"{whose}: {value}" for whose, value in columns.items() if value is not None] or [source]
-        kind = type(default) if default is not None else {"max_steps": int, "gradient_checkpointing": int, "alpha": float, "lr_a": float}.get(name, str)
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, choices=CHOICES.get(name), help=f"{text} [{'; '.join(notes)}]".replace("%", "%%"))
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    options = {name: default for name, (default, *_) in OPTIONS.items()}
-    if ev.is_tiny(given.get("model", "tiny")):
-        options.update({name: tiny for name, (_, tiny, *_) in OPTIONS.items() if tiny is not None}, data=str(ev.TINY / "train.jsonl"))
-    if given.get("preset") == "tuned":
-        options.update(TUNED)
-    options.update(given)
-    options["out"] = options["out"] or f"runs/{Path(options['model']).name}-{options['method']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    options["tasks"] = ev.default_tasks(options["model"]) if options["tasks"] is None else options["tasks"]
-    if options["method"] != "folora" and (options["update_a"] == "gated" or options["preset"] != "paper"):
-        parser.error(f"--update-a gated and --preset tuned are FoLoRA's, not --method {options['method']}'s")
-    check_ranges(parser, options)
-    return argparse.Namespace(**options)
+    """What the command line says, else what tiny says, else the preset, else the default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--preset sets {PRESETS}\n--model tiny sets {TINY}, learning rates {TINY_LR}")
+    for flag, kind, default, text in OPTIONS:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
+    first = parser.parse_args(arguments)
+    parser.set_defaults(**PRESETS[first.preset])
+    if ev.is_tiny(first.model):
+        parser.set_defaults(**TINY, lr=TINY_LR[first.preset], compare="lora")
+    if first.method == "lora":
+        parser.set_defaults(lr=lora_lr(first))
+    options = parser.parse_args(arguments)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    options.out = options.out or f"runs/{Path(options.model).name}-{options.method}-{stamp}"
+    if options.tasks is None:
+        options.tasks = ev.default_tasks(options.model)
+    if options.s_min > 1 or options.zero_start > 1:
+        parser.error("--s-min and --zero-start are at most 1")
+    if options.seed in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
+        parser.error(f"--seed {options.seed} is reserved for the held-out text: choose another")
+    return options
 
 
-def check_ranges(parser, options):
-    """One line for the first number that is out of range."""
-    least = {**dict.fromkeys(("lr", "lr_a", "tau"), 0), "alpha": math.ulp(0), "warmup": 0}
-    least.update((name, 1) for name, value in options.items() if isinstance(value, int) and name not in (*least, *CHOICES, "seed"))
-    for name, low in least.items():
-        if options[name] is not None and not options[name] >= low:
-            parser.error(f"--{name.replace('_', '-')} must be {'above 0' if name == 'alpha' else f'at least {low}'}, not {options[name]}")
-    if options["seed"] in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
-        parser.error(f"--seed {options['seed']} is reserved for the held-out text: choose another")
-    if options["warmup"] > 1:
-        parser.error(f"--warmup is a share of the steps, from 0 to 1, not {options['warmup']}")
-
-
-# ---- the run's directory --------------------------------------------------------------------------------------------
+# ---- the run's directory -------------------------------------------------------------------------
 
 def check_run(options):
     """One clear line if the run's directory belongs to another run."""
     out, mine = Path(options.out), vars(options)
-    config = out / "config.json"
-    if (out / "summary.json").exists():
-        sys.exit(f"{out} holds a finished run: give another --out, or delete it")
-    if config.exists():
-        theirs = json.loads(config.read_text()).get("options")
-        if theirs is None:
-            sys.exit(f"{out} holds something else (a config.json that is no run's): give another --out")
-        differ = [f"--{k.replace('_', '-')} {theirs.get(k)}" for k in mine if k not in PLACES and mine[k] != theirs.get(k)]
-        if differ:
-            sys.exit(f"{out} holds an unfinished run with {', '.join(differ)}: give the same options to go on with it, or another --out")
+    if not (out / "config.json").exists():
+        return
+    theirs = json.loads((out / "config.json").read_text()).get("options")
+    if theirs is None:
+        sys.exit(f"{out} holds something else (a config.json that is no run's): give another --out")
+    kind = lambda value: value.partition(":")[0] if isinstance(value, str) else value     # cuda:1
+    differ = [f"--{name.replace('_', '-')} {theirs.get(name)}" for name in mine
+              if name not in RESUME_MAY_CHANGE and kind(mine[name]) != kind(theirs.get(name))]
+    if differ:
+        sys.exit(f"{out} holds a run with {', '.join(differ)}: give the same options to resume it, "
+                 "or another --out")
 
 
 def open_run(options):
@@ -219,8 +160,9 @@ def open_run(options):
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         sys.exit(f"--out {out} cannot be made: {error.strerror}")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    (out / "config.json").write_text(json.dumps({"options": vars(options), "versions": versions}, indent=1))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    config = {"options": vars(options), "versions": versions}
+    (out / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def save(value, path):
@@ -229,16 +171,18 @@ def save(value, path):
     path.with_suffix(".part").replace(path)
 
 
-def check_disk(out, model, rank, bases):
-    """Stop now, with one line, rather than hours later: the run writes the bases (at most one a layer), checkpoints, and the merged model."""
-    widths = [m.in_features for m in folora.find_targets(model, rank=rank).values()]
-    need = sum(p.numel() * p.element_size() for p in model.parameters()) + 48 * rank * sum(widths) + 4 * bool(bases) * sum(d * d for d in widths)
-    free = shutil.disk_usage(out).free
+def check_disk(options, model, bases):
+    """Stop now rather than hours later: the run writes its bases, checkpoints, and the model."""
+    widths = [m.in_features for m in folora.find_targets(model, rank=options.rank).values()]
+    size = sum(4 * d * min(d, options.basis_rank or d) for d in widths) if bases else 0   # at most
+    size += sum(p.numel() * p.element_size() for p in model.parameters())
+    need, free = size + 48 * options.rank * sum(widths), shutil.disk_usage(options.out).free
     if free < need:
-        sys.exit(f"{out}: the run writes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give an --out on a larger disk")
+        sys.exit(f"{options.out}: the run writes about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                 "are free: give an --out on a larger disk")
 
 
-# ---- the stages -----------------------------------------------------------------------------------------------------
+# ---- preparation ---------------------------------------------------------------------------------
 
 @contextmanager
 def stage(seconds, name):
@@ -248,84 +192,81 @@ def stage(seconds, name):
     seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 2)
 
 
-def given_texts(options):
-    """The texts of a --calibration that is not self."""
-    rows = ev.read_rows(options.calibration, limit=options.calibration_samples)
-    texts = [ev.field(row, ("text", "question"), options.calibration, n) for n, row in enumerate(rows, 1)]
-    if not all(isinstance(text, str) for text in texts):
-        sys.exit(f"{options.calibration}: every row needs a text, not a {next(type(t).__name__ for t in texts if not isinstance(t, str))}")
-    return texts
-
-
 def calibration_texts(options, model, tokenizer):
-    """This process's share of the token lists behind C_pre: sampled by B.4 from the model (or from --calibration-model), or read from a data set."""
+    """This process's share of the token lists behind C_pre."""
+    longest = options.calibration_max_tokens
     if options.calibration != "self":
-        return [tokenizer(text)["input_ids"][:options.calibration_max_tokens] for text in ev.share(given_texts(options))]
+        texts = ev.given_texts(options.calibration, options.calibration_samples)
+        return [tokenizer(text)["input_ids"][:longest] for text in ev.share(texts)]
     if options.calibration_model:
         model, theirs = ev.load_model(options.calibration_model, model.device, model.dtype)
         if theirs.get_vocab() != tokenizer.get_vocab():
-            sys.exit(f"--calibration-model {options.calibration_model} has another tokenizer than {options.model}: its text would not be the model's")
-    longest, count = options.calibration_max_tokens, len(ev.share(range(options.calibration_samples)))
+            sys.exit(f"--calibration-model {options.calibration_model} has another tokenizer than "
+                     f"{options.model}: its text would not be the model's")
+    count = len(ev.share(range(options.calibration_samples)))
     bar = tqdm(total=count, desc="calibration text", unit="text")
-    seed = options.seed + 10 ** 6 * folora.processes()[0]                       # each process writes its own
-    texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest, seed=seed, progress=bar.update)
+    seed = options.seed + 10 ** 6 * ev.process()[0]                  # each process writes its own
+    texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest,
+                                      seed=seed, progress=bar.update)
     return [text.tolist() for text in texts]
 
 
 def covariances(options, model, sequences, name, targets=folora.TARGET_MODULES):
-    """Covariances over `sequences` (token lists), with a bar; for C_pre and C_task alike."""
+    """Covariances over token lists, with a bar; for C_pre and C_task alike."""
     batches = ev.by_length(sequences, options.micro_batch_size)
     inputs = (ev.collate(batch, model.device) for batch in tqdm(batches, desc=name))
     return folora.collect_covariances(
-        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"], "use_cache": False, "logits_to_keep": 1} for b in inputs), targets)
+        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"],
+                 "use_cache": False, "logits_to_keep": 1} for b in inputs), targets)
 
 
 def solve(options, model, texts, examples, seconds):
-    """FoLoRA's sites: both covariances and the eigenproblems, for a share of the layers in each of --passes."""
-    sites = []
-    for names in folora.split_layers(folora.find_targets(model), options.passes):
+    """FoLoRA's bases, on the host: folora.prepare in --passes parts, to hold fewer covariances."""
+    names, bases = list(folora.find_targets(model)), []
+    size = -(-len(names) // options.passes)                          # neighbours share an input
+    task = [example["ids"] for example in ev.share(examples[:options.task_samples])]
+    for some in (names[i:i + size] for i in range(0, len(names), size)):
         with stage(seconds, "covariances"):
-            C_pre = covariances(options, model, texts, "C_pre", names)
-            C_task = covariances(options, model, [e["ids"] for e in ev.share(examples[:options.task_samples])], "C_task", names)
+            C_pre = covariances(options, model, texts, "C_pre", some)
+            C_task = covariances(options, model, task, "C_task", some)
         with stage(seconds, "eigenproblems"):
             bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-            sites += [{key: value.cpu() if torch.is_tensor(value) else value for key, value in site.items()}         # attach moves them back
-                      for site in folora.decompose(C_pre, C_task, options.rank, options.tau, progress=bar.update)]    # in no variable: the next pass needs the room
-    return sites
+            solved = folora.decompose(C_pre, C_task, options.rank, options.tau,
+                                      options.basis_rank or None, progress=bar.update)
+        bases += [{key: t.cpu() if torch.is_tensor(t) else t for key, t in basis.items()}
+                  for basis in solved]
+        del solved                                                   # the next part needs the room
+    return bases
 
 
-def add_adapters(options, model, sites=None, C_pre=None, targets=folora.TARGET_MODULES):
-    """Adapters in place; the optimiser of the method, which needs what METHODS says: `sites` from solve, C_pre, or nothing."""
-    update = options.update_a or METHODS[options.method][2]
+def add_adapters(options, model, bases=None):
+    """Adapters in place; returns the optimiser. FoLoRA needs `bases` from solve."""
     if options.method == "folora":
-        optimizer = folora.attach(model, sites, options.lr, options.lr_a, options.alpha, options.lam, options.s_min, bool(options.zero_start),
-                                  bool(options.offload_bases))
-        for group in optimizer.param_groups if update != "gated" else ():
-            group["basis"] = group["gate"] = None          # a group without a basis is plain Adam
-    else:
-        model.requires_grad_(False)
-        for name, base in folora.find_targets(model, targets, options.rank).items():
-            model.set_submodule(name, baseline_adapter(options, base, C_pre and C_pre[name]))
-        A, B = ([p for name, p in model.named_parameters() if key in name] for key in ("lora_A", "lora_B"))
-        lr_a = options.lr if options.lr_a is None else options.lr_a
-        optimizer = torch.optim.AdamW([{"params": A, "lr": lr_a}, {"params": B}], lr=options.lr, weight_decay=0.0)
-    for name, p in model.named_parameters():
-        if update == "frozen" and "lora_A" in name:
-            p.requires_grad_(False)
-    return optimizer
+        return folora.attach(model, bases, options.lr, options.alpha, options.lam, options.s_min,
+                             bool(options.zero_start))
+    model.requires_grad_(False)
+    for name, base in folora.find_targets(model, rank=options.rank).items():
+        model.set_submodule(name, folora.LoRALinear(base, options.rank, options.alpha))
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
+                             weight_decay=0.0)
 
 
-def schedule(step, steps, warmup):
-    """Linear warm-up over a share of the steps, then a cosine to zero (Appendix B)."""
+# ---- training ------------------------------------------------------------------------------------
+
+def schedule(step, steps, warmup=0.03):
+    """Appendix B: the learning rate rises over a share of the steps, then falls on a cosine."""
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 def data_order(count, batch_size, epochs, max_steps, seed):
-    """[indices of the batch of step 0, 1, ...]: every epoch a new permutation, the incomplete last batch dropped."""
+    """[indices of each step's batch]; every epoch is a permutation, without an incomplete batch."""
     generator = torch.Generator().manual_seed(seed)
     steps = max_steps or max(1, epochs * count // batch_size)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-steps * batch_size // count))])
+    epochs = -(-steps * batch_size // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
     return order[:steps * batch_size].view(steps, batch_size).tolist()
 
 
@@ -341,213 +282,265 @@ class SummedNLL(torch.nn.Module):
 
 
 def train_step(summed_nll, optimizer, batch, micro_batch_size):
-    """One step on a list of examples, in micro-batches: (loss, gradient norm, tokens). The loss is a mean over the batch's labels,
-    of which each process has its share."""
-    labels, world = sum(label != -100 for e in batch for label in e["labels"][1:]), folora.processes()[1]
+    """One step on a list of examples: (loss, gradient norm, tokens). The loss is the mean over all
+    labels of the batch, of which each process and each micro-batch has a part."""
+    labels, world = sum(label != -100 for e in batch for label in e["labels"][1:]), ev.process()[1]
     micros, total = ev.by_length(ev.share(batch), micro_batch_size, lambda e: len(e["ids"])), 0.0
     for micro in micros:
-        with summed_nll.no_sync() if world > 1 and micro is not micros[-1] else nullcontext():
+        last = micro is micros[-1]
+        with nullcontext() if world == 1 or last else summed_nll.no_sync():
             loss = summed_nll(micro) / labels
-            (loss * world).backward()                      # DDP takes the mean over processes of the gradients; we want their sum
+            (loss * world).backward()                # DDP averages over processes; we want the sum
         total += loss.item()
-    total = ev.mean(total, 1 / world)                      # the sum over processes
+    total = ev.mean(total, 1 / world)                # the sum over processes
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if not math.isfinite(total) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss {total}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad()
     return total, norm, sum(len(e["ids"]) for e in batch)
 
 
 class Probe:
-    """Drift while training: the untouched model's log-probabilities at some positions of each held-out text, kept, and KL against them."""
+    """Drift while training: KL from the untouched model, whose log-probabilities are kept."""
 
     @torch.inference_mode()
     def __init__(self, model, texts, positions=256):
         self.batch = ev.collate([t.tolist() for t in texts], model.device)
         for labels, text in zip(self.batch["labels"], texts):
-            kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # from 1: nothing predicts BOS
+            kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # not BOS
             labels[~torch.isin(torch.arange(len(labels)), kept).to(labels.device)] = -100
         self.before = ev.logits_of(model, ev.label_states(model, self.batch)[0]).log_softmax(-1)
 
     @torch.inference_mode()
     def __call__(self, model):
-        return ev.summed_kl(self.before, model, ev.label_states(model, self.batch)[0]) / len(self.before)
+        states, _ = ev.label_states(model, self.batch)
+        return ev.summed_kl(self.before, model, states) / len(self.before)
 
 
 def checkpoint(optimizer, model, step):
-    """What a resumed run needs beside prepared.pt: adapters, moments, step. The bases are in prepared.pt and not written again."""
+    """What a resumed run needs beside prepared.pt, which has the bases."""
     state = optimizer.state_dict()
-    groups = [{k: v for k, v in group.items() if k not in ("basis", "gate")} for group in state["param_groups"]]
+    groups = [{k: v for k, v in g.items() if k not in ("basis", "gate")}
+              for g in state["param_groups"]]
     adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    return {"step": step, "adapters": adapters, "optimizer": {"state": state["state"], "param_groups": groups}}
+    return {"step": step, "adapters": adapters,
+            "optimizer": {"state": state["state"], "param_groups": groups}}
 
 
 def restore(optimizer, model, saved):
     """Inverse of checkpoint; returns the number of steps that were done."""
-    kept = [{key: group[key] for key in ("basis", "gate") if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])          # it copies what is in a group: the bases must not be there
+    kept = [{key: group[key] for key in ("basis", "gate") if key in group}
+            for group in optimizer.param_groups]
+    torch.optim.Optimizer.load_state_dict(optimizer, saved["optimizer"])         # moments only
     for group, bases in zip(optimizer.param_groups, kept):
         group.update(bases)
     model.load_state_dict(saved["adapters"], strict=False)
     return saved["step"]
 
 
+def recompute(model, on):
+    """Gradient checkpointing. Layers take `training` for their sign; what is inside them stays in
+    evaluation mode, without dropout."""
+    if on:                                           # reentrant, frozen embeddings cut the gradient
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        module.training = bool(on) and hasattr(module, "gradient_checkpointing")
+
+
 def train(options, model, optimizer, examples, probe, out):
     """The loop: metrics.jsonl, checkpoints, and a bar."""
-    batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps, options.seed)
-    first = [group["lr"] for group in optimizer.param_groups]
-    saved, log, (process, world) = out / "checkpoint.pt", out / "metrics.jsonl", folora.processes()
-    done = restore(optimizer, model, torch.load(saved, map_location=model.device)) if saved.exists() else 0
-    if process == 0:
+    batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps,
+                         options.seed)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    saved, log, (process, world) = out / "checkpoint.pt", out / "metrics.jsonl", ev.process()
+    done = 0
+    if saved.exists():
+        done = restore(optimizer, model, torch.load(saved, map_location=model.device))
+    if process == 0:                                 # lines after the checkpoint are written again
         lines = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
-        log.write_text("".join(lines))                     # lines of steps after the checkpoint will be written again
+        log.write_text("".join(lines))
     recompute(model, options.gradient_checkpointing)
-    summed_nll = SummedNLL(model) if world == 1 else torch.nn.parallel.DistributedDataParallel(SummedNLL(model))
-    bar = tqdm(range(done, len(batches)), desc="train", initial=done, total=len(batches))
+    loss_of = SummedNLL(model)
+    if world > 1:
+        loss_of = torch.nn.parallel.DistributedDataParallel(loss_of)
+    bar = tqdm(range(done, len(batches)), desc=f"train {options.method}", initial=done,
+               total=len(batches))
     for step in bar:
         start = time.perf_counter()
-        for group, lr in zip(optimizer.param_groups, first):
-            group["lr"] = lr * schedule(step, len(batches), options.warmup)
-        loss, norm, tokens = train_step(summed_nll, optimizer, [examples[i] for i in batches[step]], options.micro_batch_size)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(step, len(batches))
+        batch = [examples[i] for i in batches[step]]
+        loss, norm, tokens = train_step(loss_of, optimizer, batch, options.micro_batch_size)
         if process:
-            continue                                       # the first process keeps the books
-        speed, due = tokens / (time.perf_counter() - start), (step + 1) % options.log_every == 0 or step + 1 == len(batches)
-        line = {"step": step + 1, "loss": loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": norm, "tokens_per_s": round(speed),
+            continue                                 # the first process keeps the books
+        speed = tokens / (time.perf_counter() - start)
+        due = (step + 1) % options.log_every == 0 or step + 1 == len(batches)
+        line = {"step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm, "tokens_per_s": round(speed),
                 "drift": probe(model) if due else None}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        bar.set_postfix(loss=f"{loss:.3f}", **({"drift": f"{line['drift']:.4f}"} if due else {}))
+        bar.set_postfix(loss=f"{loss:.3f}")
         if due:
             save(checkpoint(optimizer, model, step + 1), saved)
     recompute(model, False)
 
 
-def recompute(model, on):
-    """Gradient checkpointing. The layers take `training` for their sign; what is inside them stays in evaluation mode: no dropout."""
-    if on:
-        model.activation_checkpointing_enable({"use_reentrant": False})         # reentrant, frozen embeddings would cut the gradient
-    for module in model.modules():
-        module.training = bool(on) and hasattr(module, "gradient_checkpointing")
+# ---- the run -------------------------------------------------------------------------------------
+
+def resolve(options):
+    """What "auto" means here; one clear line if --out belongs to another run."""
+    device, dtype = ev.pick_device(options.device, options.dtype)
+    options.device, options.dtype = str(device), str(dtype).removeprefix("torch.")
+    if options.gradient_checkpointing is None:
+        options.gradient_checkpointing = int(device.type == "cuda")
+    check_run(options)
 
 
 def load(options):
-    """(model, tokenizer, encoded examples, tasks), everything checked that can be checked before any long work."""
-    device, dtype = ev.pick_device(options.device, options.dtype)
-    options.device, options.dtype = str(device), str(dtype).removeprefix("torch.")       # config.json says what "auto" came to
-    if options.gradient_checkpointing is None:
-        options.gradient_checkpointing = int(device.type == "cuda")
-    check_run(options)                                     # what needs no download is looked at first
+    """(model, tokenizer, encoded examples, tasks); what needs no download is checked first."""
     ev.resolve_model(options.model)
-    folora.spectral_gate(torch.ones(1), options.lam, options.s_min)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     if options.calibration != "self":
-        given_texts(options)
-    pairs = ev.to_pairs(ev.read_rows(options.data, "main" if options.data == "openai/gsm8k" else None, limit=options.max_samples), options.data)
-    model, tokenizer = ev.load_model(options.model, device, dtype)
-    sides = [min(m.weight.shape) for m in folora.find_targets(model, rank=options.rank).values()]
-    if options.method not in ("folora", "lora") and options.rank > min(sides):
-        sys.exit(f"--method {options.method} needs a rank of at most {min(sides)}, the smallest side of a target, not {options.rank}")
+        ev.given_texts(options.calibration, options.calibration_samples)
+    config = "main" if options.data == "openai/gsm8k" else None
+    rows = ev.read_rows(options.data, config, limit=options.max_samples)
+    pairs = ev.to_pairs(rows, options.data)
+    device = torch.device(options.device)
+    model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
+    folora.find_targets(model, rank=options.rank)
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
 def start_processes(options):
     """Join torchrun's processes: each with its own GPU, all with one --out."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"      # sums of scores are on the CPU
-    from torch.distributed import nn as _                  # DDP imports it: after the group, it would hold on to it, and gloo's threads may abort at exit
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))     # one process may write text for longer than another
-    world, local = folora.processes()[1], int(os.environ["LOCAL_RANK"])
+    from torch.distributed import nn as _            # before the group: else gloo may abort at exit
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))      # one may sample for longer
+    world, local = ev.process()[1], int(os.environ["LOCAL_RANK"])
     for name in ("batch_size", "calibration_samples", "task_samples", "eval_samples"):
         if getattr(options, name) < world:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(options, name)}: {world} processes need at least {world}")
+            sys.exit(f"--{name.replace('_', '-')} must be at least {world}, one for each process")
     if options.device in ("auto", "cuda") and torch.cuda.is_available():
         options.device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    out = [options.out]                                    # it may hold the time
-    torch.distributed.broadcast_object_list(out)
+    out = [options.out]                              # it may hold the time
+    dist.broadcast_object_list(out)
     options.out, = out
 
 
-def run(options):
-    """All stages, in order; prints the table."""
+def prepared(options, model, tokenizer, examples, tasks, before, seconds):
+    """{"before": the untouched model's scores, "bases"}, from prepared.pt or written to it."""
+    path = Path(options.out) / "prepared.pt"
+    exists = path.exists()
+    ev.mean(0, 1)                                    # all wait for all: one will write that file
+    if exists:
+        state = torch.load(path, map_location="cpu")
+        seconds.update(state["seconds"])
+        return state
+    with stage(seconds, "score untouched"):
+        before = before or ev.evaluate(model, tokenizer, tasks)
+    bases = None
+    if options.method == "folora":
+        with stage(seconds, "calibration text"):
+            texts = calibration_texts(options, model, tokenizer)
+        bases = solve(options, model, texts, examples, seconds)
+    state = {"before": before, "bases": bases, "seconds": seconds}
+    if ev.process()[0] == 0:
+        save(state, path)
+    return state
+
+
+def run(options, before=None):
+    """One method, all stages: {"untouched": its scores, or `before`, method: scores}."""
+    out, first, seconds = Path(options.out), ev.process()[0] == 0, {}
+    resolve(options)
+    if (out / "summary.json").exists():
+        return json.loads((out / "summary.json").read_text())["scores"]
     model, tokenizer, examples, tasks = load(options)
-    seconds, needs, out, process = {}, METHODS[options.method][1], Path(options.out), folora.processes()[0]
-    if process == 0:
+    if first:
         open_run(options)
-        check_disk(out, model, options.rank, needs and not (out / "prepared.pt").exists())
-    prepared = out / "prepared.pt"
-    resumed = prepared.exists()
-    ev.mean(0, 1)                                          # all wait for all: the first process will write that file
+        check_disk(options, model, options.method == "folora")
     with stage(seconds, "held-out text"):
         texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
-    if resumed:
-        state = torch.load(prepared, map_location="cpu" if needs == "sites" else model.device)
-        seconds.update(state["seconds"])                   # of the stages; "train" counts from here
-    else:
-        with stage(seconds, "score untouched"):
-            before = ev.evaluate(model, tokenizer, tasks)
-        with stage(seconds, "calibration text"):
-            calibration = calibration_texts(options, model, tokenizer) if needs else None
-        state = {"before": before, "seconds": seconds, "sites": solve(options, model, calibration, examples, seconds) if needs == "sites" else None,
-                 "C_pre": covariances(options, model, calibration, "C_pre") if needs == "C_pre" else None}
-        if process == 0:
-            save(state, prepared)
+    state = prepared(options, model, tokenizer, examples, tasks, before, seconds)
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)
-    optimizer, before = add_adapters(options, model, state["sites"], state["C_pre"]), state["before"]
-    del state                                              # the optimiser keeps the bases; the rest is memory
+    optimizer, before = add_adapters(options, model, state.pop("bases")), state["before"]
     with stage(seconds, "train"):
         train(options, model, optimizer, examples, probe, out)
     model = folora.merge(model)
-    if process == 0:
+    if first:
         model.save_pretrained(out / "merged")
         tokenizer.save_pretrained(out / "merged")
     with stage(seconds, "score tuned"):
-        reference = ev.load_model(options.model, model.device, model.dtype)[0] if "drift" in tasks else None
-        after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    if process == 0:
-        finish(options, out, seconds, before, after, peak_memory(model.device))
+        untouched = None
+        if "drift" in tasks:
+            untouched, _ = ev.load_model(options.model, model.device, model.dtype)
+        after = ev.evaluate(model, tokenizer, tasks, untouched, texts)
+    scores = {"untouched": {**before, **ev.summarise(before, before)},
+              options.method: {**after, **ev.summarise(after, before)}}
+    if first:
+        finish(out, scores, seconds, peak_memory(model.device))
+    return scores
 
 
-def finish(options, out, seconds, before, after, peak):
-    """summary.json and the table; what a resumed run would have needed goes."""
-    scores = {"untouched": {**before, **ev.summarise(before, before)}, "tuned": {**after, **ev.summarise(after, before)}}
-    (out / "summary.json").write_text(json.dumps({"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}, indent=1))
+def finish(out, scores, seconds, peak):
+    """summary.json; what only a resumed run would need goes."""
+    summary = {"scores": scores, "seconds": seconds, "peak_memory_gb": round(peak, 3)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
     for name in ("prepared.pt", "checkpoint.pt"):
-        (out / name).unlink()
-    if before:
-        print(ev.table({"untouched": before, options.method: after}))
-    print(f"{out}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}; peak memory {peak:.1f} GB")
+        (out / name).unlink(missing_ok=True)
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    print(f"{out}: {spent}; peak memory {peak:.1f} GB")
 
 
 def peak_memory(device):
     """GB: of the GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6) if resource else 0.0
+    import resource
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def whole_run(options, arguments):
+    """The run, and with --compare lora the same with LoRA; the first process prints the table."""
+    if "LOCAL_RANK" in os.environ:
+        start_processes(options)
+    scores = run(options)
+    if options.compare == "lora" and options.method == "folora":
+        lora = ["--method", "lora", "--lr", str(lora_lr(options)), "--out", f"{options.out}/lora"]
+        scores.update(run(parse_options([*arguments, *lora]), scores["untouched"]))
+    if ev.process()[0] == 0:
+        print(ev.table(scores))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse_options(arguments)
+    out, again = Path(options.out), f"the same command with --out {options.out} goes on"
     try:
-        if "LOCAL_RANK" in os.environ:
-            start_processes(options)
-        run(options)
-        if folora.processes()[1] > 1:
-            torch.distributed.destroy_process_group()
+        whole_run(options, arguments)
     except KeyboardInterrupt:
-        goes_on = (Path(options.out) / "prepared.pt").exists()
-        sys.exit(f"interrupted: the same command with --out {options.out} goes on from the last checkpoint" if goes_on else "interrupted; nothing to go on from yet")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.exit(f"out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}): lower --micro-batch-size, then --max-length or --rank")
-    except ValueError as error:                            # folora's own messages: one line each
+        sys.exit(f"interrupted: {again} from where it was last saved")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("out of memory: lower --micro-batch-size, then --max-length or --rank")
+    except FloatingPointError as error:
+        sys.exit(f"not a finite number: {error}; {out} keeps the last checkpoint; lower --lr")
+    except ValueError as error:                      # folora's own messages: one line each
         sys.exit(str(error))
-    except (OSError, RuntimeError) as error:               # torch.save and safetensors have their own types for a full disk
-        where = Path(options.out)
-        if "the screen rejects" in str(error):             # sample_calibration gave up
+    except (OSError, RuntimeError) as error:         # torch.save and safetensors have own types
+        if "the screen rejects" in str(error):       # sample_calibration gave up
             sys.exit(str(error))
-        if getattr(error, "errno", 0) != errno.ENOSPC and shutil.disk_usage(where if where.exists() else ".").free > 2 ** 20:
+        free = shutil.disk_usage(out if out.exists() else ".").free
+        if getattr(error, "errno", 0) != errno.ENOSPC and free > 2 ** 20:
             raise
-        sys.exit(f"the disk of {where} is full: free some space and run again with --out {where}, it goes on from the last checkpoint")
+        sys.exit(f"the disk of {out} is full: free some space, then {again}")
 
 
 if __name__ == "__main__":
