@@ -228,8 +228,8 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
         M = solve(L, half.mT, upper=False).to(C.dtype)          # L⁻¹ C_task L⁻ᵀ
         gamma, R = (t.flip(-1) for t in _eigh(M))               # Eq. 16: M = R Γ Rᵀ
     else:
-        l = L.to(C.dtype)
-        M = lambda Q: solve(l, C @ solve(l.mT, Q, upper=True), upper=False)      # never formed
+        L_32 = L.to(C.dtype)                                    # M Q for few columns, without M
+        M = lambda Q: solve(L_32, C @ solve(L_32.mT, Q, upper=True), upper=False)
         gamma, R = _top_eigenvectors(M, C, k)
     V = solve(L.mT, R.double(), upper=True)                     # Eq. 17: V = L⁻ᵀ R
     return gamma.clamp(min=0), V.to(C.dtype)

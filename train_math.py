@@ -416,7 +416,8 @@ def load(options):
 
 def start_processes(options):
     """Join torchrun's processes: each with its own GPU, all with one --out."""
-    from torch.distributed import nn as _            # before the group: else gloo may abort at exit
+    # DDP imports it. After the group is made, gloo's threads may then abort at exit.
+    import torch.distributed.nn  # noqa: F401
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))      # one may sample for longer
     world, local = ev.process()[1], int(os.environ["LOCAL_RANK"])

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval as ev                                          # noqa: E402
-import folora                                              # noqa: E402
-import train_math                                          # noqa: E402
+import eval as ev  # noqa: E402
+import folora  # noqa: E402
+import train_math  # noqa: E402
 
 QWEN3 = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
              head_dim=128, intermediate_size=6144, vocab_size=151936, tie_word_embeddings=True)

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +28,11 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import baselines                                           # noqa: E402
-import eval as ev                                          # noqa: E402
-import folora                                              # noqa: E402
-import train_math                                          # noqa: E402
+import baselines  # noqa: E402
+
+import eval as ev  # noqa: E402
+import folora  # noqa: E402
+import train_math  # noqa: E402
 
 CACHE = HERE.parent / "runs" / "experiments"
 QUESTIONS = {"nq_open": "Answer these questions:\n\nQ: {}?\nA:", "webqs": "Question: {}\nAnswer:"}
