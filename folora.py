@@ -15,7 +15,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     import folora
     texts = folora.sample_calibration(model, tokenizer, 256)        # what must not be forgotten
     pretrain = [{"input_ids": text[None]} for text in texts]        # batches for model(**batch)
-    optimizer = folora.prepare(model, pretrain, task_batches, lr=1e-3, rank=32)
+    optimizer = folora.prepare(model, pretrain, task_batches, lr=3e-3, rank=32)
     for batch in task_batches:                                      # any loop, any scheduler
         model(**batch).loss.backward()
         optimizer.step()
@@ -430,7 +430,7 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
     return bases
 
 
-def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
+def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
     SAdam that trains the adapters. The options are those of `prepare`."""
     gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]       # checked first
@@ -458,7 +458,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.3, zero_start=False):
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
-            s_min=0.3, target_modules=TARGET_MODULES, zero_start=False, basis_rank=None):
+            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=256):
     """FoLoRA in one call: adapt `model` in place, freeze the rest, return the optimiser for it.
 
     pretrain_batches   batches (dicts for model(**batch)) of text that must not be forgotten
@@ -466,12 +466,14 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     rank, alpha        of the adapters; κ = alpha / rank (None: 1)
     tau                the ridge τ, relative to the mean eigenvalue of C_pre
     lam, s_min         the gate's sharpness and floor, Eq. 22
-    zero_start         start from B = 0 on the untouched W0, instead of the paper's B0 = κ⁻¹ W0 A0ᵀ
-    basis_rank         the number of directions in which A may move (None: all)
+    zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
+    basis_rank         the number of directions in which A may move (None: all). With more of them
+                       the adapter learns more and forgets more.
     ValueError         before any forward pass: a value out of range, an unknown target
 
-    Move and cast the model first: a later cast to bfloat16 would cast A and B too. The covariances
-    take 8 d_in² bytes per distinct input. train_math.py shows how to prepare a share at a time.
+    The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
+    first: a later cast to bfloat16 would cast A and B too. Covariances take 8 d_in² bytes per
+    distinct input; train_math.py prepares a share of the layers at a time.
     """
     find_targets(model, target_modules, rank)
     if not all(0 < x < math.inf for x in (tau, 1 if alpha is None else alpha)):

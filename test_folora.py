@@ -632,7 +632,8 @@ def test_prepare_is_its_parts_literally():
     model, k = MLP(), 5
     W0 = model.first.weight.detach().clone().double()
     optimizer = folora.prepare(model, [{"x": pre}], [{"x": 100 * task}], 0.1, rank=3, alpha=6,
-                               tau=0.05, lam=2.0, s_min=0.2, target_modules="first", basis_rank=k)
+                               tau=0.05, lam=2.0, s_min=0.2, target_modules="first",
+                               zero_start=False, basis_rank=k)
     unit = lambda X: X.mT.double() @ X.double() / (X.double() ** 2).sum() * X.shape[1]
     C_pre, C_task = unit(pre), unit(task)    # the task's factor of 100 divides out
     gamma, V = scipy.linalg.eigh(C_task.numpy(), C_pre.numpy() + 0.05 * numpy.eye(16))
