@@ -24,13 +24,14 @@ text is sampled from the model itself. A starts in the directions where that tex
 
     paper             shape                   in code               meaning
     W0                (d_out, d_in)           base_layer.weight     pretrained weight of a layer
-    A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B        W = W0 + κ B A, κ is `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task         means of x xᵀ over tokens
+    A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B        W = W_res + κ B A; κ: `scaling`
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task         of mean eigenvalue 1
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L             the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V (a basis), gamma    Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min      gate, its sharpness and floor
 
-Not included: dense weights (Appendix D), weight decay, dropout, quantised bases, convolutions.
+Not included: dense weights (Appendix D), weight decay, dropout, quantised weights, convolutions.
+Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import functools
 import hashlib
@@ -47,9 +48,7 @@ from torch import nn
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# --------------------------------------------------------------------------------------------------
-# 3.1  First-order preservation: the covariances behind forgetting (Eq. 5-6) and utility (Eq. 7)
-# --------------------------------------------------------------------------------------------------
+# ---- 3.1  First-order preservation: covariances for forgetting (Eq. 5-6) and utility (Eq. 7) -----
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     """The nn.Linear modules to adapt, {full name: module}, in the model's order.
@@ -58,14 +57,14 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
                      "layers.0.self_attn.q_proj"
     ValueError       a name matches nothing, a weight is tied or quantised, or `rank` is too large
     """
-    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    matches = {t: [name for name in linears if f".{name}".endswith(f".{t}")] for t in targets}
-    missing = [t for t in targets if not matches[t]] if targets else ["(no target given)"]
-    if missing:
-        names = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no nn.Linear is called {', '.join(missing)}, but {', '.join(names)}")
-    found = {n: m for n, m in linears.items() if any(n in names for names in matches.values())}
+    matches = lambda name, target: f".{name}".endswith(f".{target}")
+    found = {n: m for n, m in linears.items() if any(matches(n, t) for t in targets)}
+    missing = [t for t in targets if not any(matches(n, t) for n in found)]
+    if missing or not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        raise ValueError(f"no nn.Linear is called {', '.join(missing) or '(nothing)'}, but {there}")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in found.items():
         if uses[id(module.weight)] > 1:
@@ -106,27 +105,27 @@ def _real_tokens(name, x, mask):
 def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     """Input covariances of the target layers: C_pre or C_task, depending on the text.
 
-    batches      dicts, moved to the model's device and passed as model(**batch). Rows whose
-                 "attention_mask" is 0 do not count. "labels" are not needed.
+    batches      dicts for model(**batch). Rows whose "attention_mask" is 0 do not count.
     returns      {module name: (d_in, d_in) float32}, the mean of x xᵀ over all tokens, where the
-                 paper has the sum: γ must not depend on how much text there is. Modules that read
-                 one input tensor (q, k, v; gate, up) get one and the same covariance. Under
-                 torch.distributed each process gives its share of the text.
+                 paper has the sum. Modules that read one input tensor (q, k, v; gate, up) get one
+                 and the same covariance. Under torch.distributed each process gives its share of
+                 the text, and all get the covariances of the whole.
     ValueError   no batch, a layer that no token reached, inputs that are not finite
     """
     targets = find_targets(model, target_modules)
-    sums, tokens, first_reader, last, mask = {}, Counter(), {}, (None, None), None
+    sums, tokens, first_reader = {}, Counter(), {}
+    last_input = last_name = mask = None
 
     def hook(module, args, kwargs, name):
-        nonlocal last
+        nonlocal last_input, last_name
         x = args[0] if args else kwargs["input"]
-        if x is not last[0]:                                    # `name` is the first to read x
-            last, rows = (x, name), _real_tokens(name, x, mask)
+        if x is not last_input:                                 # `name` is the first to read x
+            last_input, last_name, rows = x, name, _real_tokens(name, x, mask)
             if name not in sums:
                 sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             sums[name].addmm_(rows.mT, rows)                    # C += X Xᵀ, where X = rowsᵀ
             tokens[name] += len(rows)
-        if first_reader.setdefault(name, last[1]) != last[1]:
+        if first_reader.setdefault(name, last_name) != last_name:
             raise ValueError(f"{name} shares its input with another layer in some calls but not in "
                              "all: leave one of them out of target_modules")
 
@@ -137,7 +136,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             device = next(model.parameters()).device
             for batch in batches:
                 batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                mask, last = batch.get("attention_mask"), (None, None)
+                mask, last_input = batch.get("attention_mask"), None
                 model(**batch)
     finally:
         for handle in handles:
@@ -160,17 +159,16 @@ def _mean_over_processes(name, total, tokens):
     return total.div_(count)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting
+# ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
 #
 # Eq. 5-7    R(ΔA) = tr(ΔA H ΔAᵀ) with H = C_pre + τ I, and U(ΔA) = tr(ΔA C_task ΔAᵀ)
 # Eq. 8-10   for a rank-one ΔA = u vᵀ:  U / R = ρ(v) = vᵀ C_task v / vᵀ H v
 # Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
 # Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ,  V = H^(-1/2) R:  Vᵀ H V = I and Vᵀ C_task V = Γ
 #
-# Vᵀ H V = I is the reason for all of it: in the coordinates of V forgetting is squared length. Adam
-# moves each coordinate by about lr, so each costs the same forgetting, and the gate can weigh them.
-# --------------------------------------------------------------------------------------------------
+# Vᵀ H V = I is the reason for all of it: in the coordinates of V, forgetting is the squared length
+# of the step. Adam moves every coordinate by about lr, so without the gate every direction would
+# cost the same forgetting, whatever its use.
 
 def _cholesky(C, *ridges):
     """L (..., d, d) in float64, L Lᵀ = C + ridge · I, with the first ridge that allows it."""
@@ -205,8 +203,8 @@ def _top_eigenvectors(apply, like, k, steps=8, extra=32):
     Q = torch.randn(*like.shape[:-1], n, generator=generator).to(like)
     for _ in range(steps):
         Q = torch.linalg.qr(apply(Q)).Q                         # (..., d, n)
-    values, U = _eigh(Q.mT @ apply(Q))                          # (..., n, n): exact inside the span
-    return values.flip(-1)[..., :k], (Q @ U).flip(-1)[..., :k]
+    values, E = _eigh(Q.mT @ apply(Q))                          # (..., n, n): exact inside the span
+    return values.flip(-1)[..., :k], (Q @ E).flip(-1)[..., :k]
 
 
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
@@ -221,23 +219,22 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     The paper's H^(-1/2) is the symmetric root. Any L with L Lᵀ = H gives the same V up to signs and
     to rotations inside a repeated γ. Cholesky's L is the cheapest, and Adam ignores signs.
     """
-    # Only H needs float64: a float32 L is off by cond(H) · 1e-7, all of it where H is smallest.
-    L, C, solve = _cholesky(C_pre, tau), C_task.to(C_pre.dtype), torch.linalg.solve_triangular
+    L, C = _cholesky(C_pre, tau), C_task.to(C_pre.dtype)
+    solve = torch.linalg.solve_triangular
     if k is None:
         half = solve(L, C.double(), upper=False)                # L⁻¹ C_task
         M = solve(L, half.mT, upper=False).to(C.dtype)          # L⁻¹ C_task L⁻ᵀ
         gamma, R = (t.flip(-1) for t in _eigh(M))               # Eq. 16: M = R Γ Rᵀ
     else:
-        L_32 = L.to(C.dtype)                                    # M Q for few columns, without M
-        M = lambda Q: solve(L_32, C @ solve(L_32.mT, Q, upper=True), upper=False)
-        gamma, R = _top_eigenvectors(M, C, k)
-    V = solve(L.mT, R.double(), upper=True)                     # Eq. 17: V = L⁻ᵀ R
+        L_32 = L.to(C.dtype)                                    # float32 is enough to find R
+        M_times = lambda Q: solve(L_32, C @ solve(L_32.mT, Q, upper=True), upper=False)
+        gamma, R = _top_eigenvectors(M_times, C, k)
+    # Eq. 17: V = L⁻ᵀ R. In float32 it would be off by cond(H) · 1e-7, all of it where H is small.
+    V = solve(L.mT, R.double(), upper=True)
     return gamma.clamp(min=0), V.to(C.dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction
-# --------------------------------------------------------------------------------------------------
+# ---- 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction ---------------
 
 def spectral_gate(gamma, lam, s_min):
     """The gate (..., k) of gamma (..., k). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
@@ -253,17 +250,18 @@ class SAdam(torch.optim.Optimizer):
     params          parameters or groups, as for torch.optim.Adam. A group with a "basis" (d_in, k)
                     and a "gate" (k,) is spectral: its parameters are matrices A (rank, d_in), which
                     move in the basis' span only. Any other group gets torch.optim.Adam's numbers.
-    lr, betas, eps  as in Adam; each may be set in a group
+    lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
 
-    A's moments are (rank, k). The state_dict holds the bases: one that is computed again may have
-    other signs, and the moments belong to these very columns. Gradients that are not finite spoil
-    the parameters silently, as in Adam. Each row of A moves alone, so FSDP2 may shard A by rows.
+    A's moments are (rank, k). The state_dict holds the bases: a basis that is computed again may
+    differ in signs, and the moments belong to the saved columns. Gradients that are not finite
+    spoil the parameters silently, as in Adam. Rows of A move alone, so FSDP2 may shard A by rows.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
         if not 0 <= lr < math.inf or not all(0 <= b < 1 for b in betas) or not 0 <= eps < math.inf:
             raise ValueError(f"lr = {lr}, betas = {betas} or eps = {eps} is out of range")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, basis=None, gate=None))
+        defaults = dict(lr=lr, betas=betas, eps=eps, scale=1.0, basis=None, gate=None)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -284,10 +282,10 @@ class SAdam(torch.optim.Optimizer):
         V, gate = group.get("basis"), group.get("gate")
         if (V is None) != (gate is None):
             raise ValueError("a spectral group needs both a basis and a gate")
-        for p in params if V is not None else ():
-            if V.ndim != 2 or len(V) != p.shape[-1] or gate.shape != V.shape[1:]:
-                shapes = [tuple(t.shape) for t in (p, V, gate)]
-                raise ValueError("parameter {}, basis {} and gate {} do not fit".format(*shapes))
+        fits = lambda p: V.ndim == 2 and len(V) == p.shape[-1] and gate.shape == V.shape[1:]
+        if V is not None and not all(map(fits, params)):
+            shapes = [tuple(t.shape) for t in (V, gate, *params)]
+            raise ValueError(f"basis, gate and parameters do not fit: {shapes}")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -317,24 +315,23 @@ class SAdam(torch.optim.Optimizer):
         if V is not None:
             # The gate scales the step. A factor on the gradient would be divided out again by √v̂.
             step = ((step * gate).to(V.dtype) @ V.mT).to(A.dtype)                # Eq. 23-24: (r, d)
-        A.sub_(group["lr"] * step)
+        A.sub_(group["lr"] * group["scale"] * step)
 
 
-# --------------------------------------------------------------------------------------------------
-# B.3  The start: A0 spans the input directions with the least energy on pretraining text
-# --------------------------------------------------------------------------------------------------
+# ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
 
 def null_space(C, rank):
     """A0 = U_perpᵀ (..., rank, d), the eigenvectors of C (..., d, d) with the smallest eigenvalues.
 
-    With it ΔB A0 X_pre, the first of Eq. 3's two terms, is about zero. It is found by inverse
+    With this A0 the first term of Eq. 3, ΔB A0 X_pre, is nearly zero. It is found by inverse
     iteration in float64: float32 fails where one input direction has nearly all the energy.
     """
     if not 0 < rank <= C.shape[-1]:
         raise ValueError(f"rank {rank} is not from 1 to {C.shape[-1]}, the input width")
-    L = _cholesky(_unit(C.double()), 1e-8, 1e-6, 1e-4, 1e-2)    # C was summed in float32
-    _, U = _top_eigenvectors(lambda Q: torch.cholesky_solve(Q, L), L, rank)      # of (C + 1e-7 I)⁻¹
-    return U.mT.to(C.dtype).contiguous()
+    # Rounding in C can make it slightly indefinite. Then the next larger ridge is tried.
+    L = _cholesky(_unit(C.double()), 1e-8, 1e-6, 1e-4, 1e-2)
+    _, E = _top_eigenvectors(lambda Q: torch.cholesky_solve(Q, L), L, rank)      # of C⁻¹
+    return E.mT.to(C.dtype).contiguous()
 
 
 def _unit(C):
@@ -372,8 +369,8 @@ class LoRALinear(nn.Module):
         if B0.any():
             self._set(W0 - self.scaling * self.lora_B.detach() @ self.lora_A.detach())
 
-    def _set(self, W):                                          # the old Parameter may be in use
-        W = W.to(self.base_layer.weight.dtype)
+    def _set(self, W):
+        W = W.to(self.base_layer.weight.dtype)                  # other code may hold the old one
         self.base_layer.weight = nn.Parameter(W, requires_grad=False)
 
     def forward(self, x):
@@ -387,21 +384,16 @@ class LoRALinear(nn.Module):
         return self.base_layer
 
 
-# --------------------------------------------------------------------------------------------------
-# The recipe: covariances, bases, adapters and their optimiser; after training, merge
-# --------------------------------------------------------------------------------------------------
-
-STACK = 2 ** 22      # matrix entries to solve at a time: small layers in stacks, large ones alone
-
+# ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
 
 def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
     """Solve one eigenproblem per distinct input. Nothing here depends on λ, s_min, lr or alpha.
 
     C_pre, C_task   from collect_covariances. Each is divided by its mean eigenvalue, so that γ
                     compares shares of energy. Both are emptied: pass dict(C) to keep one.
-    rank, tau       of A0; of H, relative to the mean eigenvalue of C_pre
+    rank, tau       the rank of A0; the ridge of H, relative to the mean eigenvalue of C_pre
     basis_rank      k, the number of directions in which A may move (None: all, the paper's)
-    progress        called with the number of inputs that were just solved
+    progress        called with 1 for each input that was solved
     returns         [{"modules": names of the layers that read this input, "A0": (rank, d_in),
                     "gamma": (k,), "V": (d_in, k)}], which torch.save keeps
     """
@@ -410,23 +402,16 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
     readers, bases = {}, []
     for name in C_pre:
         readers.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
-    width = lambda names: len(C_pre[names[0]])
-    waiting = sorted(readers.values(), key=width)
-    while waiting:
-        d = width(waiting[0])
-        stack = [names for names in waiting[:max(1, STACK // d ** 2)] if width(names) == d]
-        waiting = waiting[len(stack):]
-        pre, task = (_unit(torch.stack([[C.pop(name) for name in names][0] for names in stack]))
-                     for C in (C_pre, C_task))                  # (n, d, d), no longer in C
-        k = None if basis_rank is None or basis_rank >= d else basis_rank
-        solved = [t.contiguous() for t in (null_space(pre, rank),
-                                           *generalized_eigenbasis(task, pre, tau, k))]
-        for tensor in solved if dist.is_available() and dist.is_initialized() else ():
+    for names in readers.values():
+        pre, task = (_unit([C.pop(name) for name in names][0]) for C in (C_pre, C_task))
+        k = None if basis_rank is None or basis_rank >= len(pre) else basis_rank
+        gamma, V = generalized_eigenbasis(task, pre, tau, k)
+        basis = {"A0": null_space(pre, rank), "gamma": gamma, "V": V.contiguous()}
+        for tensor in basis.values() if dist.is_available() and dist.is_initialized() else ():
             dist.broadcast(tensor, 0)                           # two solvers may differ
-        bases += [{"modules": names, "A0": A0.clone(), "gamma": gamma.clone(), "V": V.clone()}
-                  for names, A0, gamma, V in zip(stack, *solved)]
+        bases.append({"modules": names, **basis})
         if progress:
-            progress(len(stack))
+            progress(1)
     return bases
 
 
@@ -436,6 +421,8 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]       # checked first
     if torch.is_inference_mode_enabled():
         raise ValueError("leave torch.inference_mode: adapters made in it cannot be trained")
+    if not bases or any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("no bases, or the model has adapters already: merge them first")
     model.requires_grad_(False)
     spectral, plain = [], []
     for basis, gate in zip(bases, gates):
@@ -443,12 +430,12 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
             base = model.get_submodule(name)
             A0 = basis["A0"].to(base.weight.device)
             B0 = A0.new_zeros(base.out_features, len(A0)) if zero_start else None
-            # From B = 0, a step turns κ B's rows by about lr times the length of W0's rows. So one
-            # lr serves layers and models of every scale. The paper's start has the scale in B0.
-            length = base.weight.float().norm().item() / math.sqrt(base.out_features)
             adapter = LoRALinear(base, len(A0), alpha, A0, B0)
-            size = length / (math.sqrt(len(A0)) * adapter.scaling) if zero_start else 1.0
-            plain.append({"params": [adapter.lora_B], "lr": lr * size})
+            # One step from B = 0 makes the rows of κ B about lr times as long as W0's, so that one
+            # lr serves layers and models of every scale. The paper's start has W0's scale in B0.
+            length = base.weight.float().norm().item() / math.sqrt(base.out_features)
+            scale = length / (math.sqrt(len(A0)) * adapter.scaling) if zero_start else 1.0
+            plain.append({"params": [adapter.lora_B], "scale": scale})
             model.set_submodule(name, adapter)
         # A bfloat16 basis takes half the memory. float16 would lose small gradients.
         dtype = torch.bfloat16 if base.weight.dtype == torch.bfloat16 else torch.float32
@@ -458,7 +445,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
-            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=256):
+            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=128):
     """FoLoRA in one call: adapt `model` in place, freeze the rest, return the optimiser for it.
 
     pretrain_batches   batches (dicts for model(**batch)) of text that must not be forgotten
@@ -495,9 +482,7 @@ def merge(model):
     return model
 
 
-# --------------------------------------------------------------------------------------------------
-# 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model)
-# --------------------------------------------------------------------------------------------------
+# ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
 
 DECODING = ((0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),   # share of the samples, how drawn
             (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
@@ -546,7 +531,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress       called with 1 for each accepted sample, such as tqdm(total=num_samples).update
     returns        num_samples LongTensors on the CPU, BOS first, in random order; the same ones for
                    the same seed, batch_size, dtype and device
-    RuntimeError   the first GIVE_UP samples are all rejected, or later num_samples in a row
+    RuntimeError   the first GIVE_UP samples are all rejected, or later as many in a row, or as many
+                   as num_samples if that is more
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"{min_new_tokens} to {max_new_tokens} new tokens is no range of lengths")
@@ -568,7 +554,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                 seen.add(text)
                 verdicts[reason or "accepted"] += 1
                 in_a_row = in_a_row + 1 if reason else 0
-                if in_a_row >= max(num_samples if kept else 0, GIVE_UP):
+                if in_a_row >= (max(num_samples, GIVE_UP) if kept else GIVE_UP):
                     raise RuntimeError(f"the screen rejects this model's text: {dict(verdicts)}")
                 if reason is None:
                     kept.append(torch.tensor([bos, *tokens]))

@@ -176,7 +176,7 @@ def test_only_our_hooks_are_removed_also_when_the_forward_fails():
 
 @pytest.mark.parametrize("model, targets, message", [
     (Block(), (*BLOCK_TARGETS, "gate_proj"), "gate_proj, but down_proj, k_proj, o_proj"),
-    (Block(), (), "no target given"),
+    (Block(), (), "called .nothing., but down_proj"),
     (Block().to(torch.float8_e4m3fn), BLOCK_TARGETS, "q_proj is quantised"),
 ])
 def test_targets_that_cannot_be_adapted_are_named(model, targets, message):
@@ -664,7 +664,7 @@ def test_one_learning_rate_serves_every_scale():
         optimizer = folora.prepare(model, [{"input": pre}], [{"input": task}], 1e-2, rank=4,
                                    alpha=alpha, s_min=0.0, target_modules="0", zero_start=True)
         size = W0.norm() / math.sqrt(4 * 32) / model[0].scaling
-        assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-2 * size.item(), rel=1e-5)
+        assert optimizer.param_groups[1]["scale"] == pytest.approx(size.item(), rel=1e-5)
         fit(lambda x: model(x) / scale, optimizer, task, target, 5)
         updates.append((folora.merge(model)[0].weight - W0) / scale)
     close(updates[0], updates[1], rtol=1e-3, atol=1e-5)
@@ -684,20 +684,17 @@ def test_bases_are_solved_once_per_distinct_input():
     assert all(p is A for p, A in zip(shared["params"], attention))
 
 
-@pytest.mark.parametrize("basis_rank", [None, 3])
-def test_large_layers_are_decomposed_one_at_a_time_with_the_same_result(basis_rank, monkeypatch):
+@pytest.mark.parametrize("basis_rank", [None, 3, 7, 9])
+def test_inputs_are_decomposed_one_at_a_time_and_what_is_solved_is_free(basis_rank):
     C_pre, C_task = ({str(i): covariance(8 - i % 2, 40, seed=i + first).float() for i in range(5)}
                      for first in (0, 9))
-    together = folora.decompose(dict(C_pre), dict(C_task), 2, basis_rank=basis_rank)
-    monkeypatch.setattr(folora, "STACK", 1)
     left, alive = [], [weakref.ref(C) for C in (*C_pre.values(), *C_task.values())]
     count = lambda _: left.append((len(C_pre), len(C_task), sum(C() is not None for C in alive)))
-    alone = folora.decompose(C_pre, C_task, 2, basis_rank=basis_rank, progress=count)
-    assert left == [(n, n, 2 * n) for n in (4, 3, 2, 1, 0)]          # what is solved is free
-    for one, other in zip(alone, together, strict=True):
-        assert one["modules"] == other["modules"]
-        assert one["V"].shape[1] == len(one["gamma"]) == (basis_rank or len(one["V"]))
-        close(one["gamma"], other["gamma"], rtol=1e-4, atol=1e-5)
+    bases = folora.decompose(C_pre, C_task, 2, basis_rank=basis_rank, progress=count)
+    assert left == [(n, n, 2 * n) for n in (4, 3, 2, 1, 0)]
+    for i, basis in enumerate(bases):
+        assert basis["V"].shape == (8 - i % 2, min(basis_rank or 8, 8 - i % 2))
+        assert basis["gamma"].shape == basis["V"].shape[1:] and basis["A0"].shape == (2, 8 - i % 2)
     for emptied in ((C_pre, C_task), ({"a": torch.eye(2)}, {"b": torch.eye(2)})):
         with pytest.raises(ValueError, match="need the same layers"):
             folora.decompose(*emptied, 2)
@@ -728,10 +725,28 @@ def test_a_learning_rate_of_zero_moves_nothing():
     assert torch.equal(model(task), before)
 
 
-def test_adapters_are_not_made_under_inference_mode():
+def test_adapters_are_not_made_twice_and_not_under_inference_mode():
     pre, task, _ = low_rank_inputs()
+    prepare = lambda model, target: folora.prepare(model, [{"x": pre}], [{"x": task}], 0.1, rank=2,
+                                                   target_modules=target)
     with torch.inference_mode(), pytest.raises(ValueError, match="leave torch.inference_mode"):
-        folora.prepare(MLP(), [{"x": pre}], [{"x": task}], 0.1, rank=2, target_modules="first")
+        prepare(MLP(), "first")
+    model = MLP()
+    prepare(model, "first")
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        prepare(model, "second")
+    assert model.first.lora_A.requires_grad and isinstance(model.second, nn.Linear)
+    with pytest.raises(ValueError, match="no bases"):
+        folora.attach(MLP(), [], 0.1)
+
+
+def test_a_scheduler_that_sets_the_learning_rate_leaves_the_scale_of_B_alone():
+    pre, task, new = low_rank_inputs()
+    optimizer = folora.prepare(MLP(), [{"x": pre}], [{"x": task}], 0.1, 2, target_modules="first")
+    before = [group["scale"] for group in optimizer.param_groups]
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
+    assert before == [group["scale"] for group in optimizer.param_groups] and before[1] != 1.0
+    assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
 
 def test_the_file_stands_alone(tmp_path):

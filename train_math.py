@@ -42,7 +42,7 @@ import eval as ev
 import folora
 
 # What --preset and --model tiny set, where the command line does not.
-PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=256, zero_start=1, lr=3e-3,
+PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, lr=3e-3,
                          calibration_samples=256),
            "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, lr=3e-4)}
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=3200, batch_size=32,

@@ -58,7 +58,7 @@ def spectral(optimizer):
 def frozen_A(optimizer, options):
     """A stays at its start."""
     for group in spectral(optimizer):
-        group["lr"] = 0.0
+        group["scale"] = 0.0
 
 
 def plain_A(optimizer, options):
@@ -71,13 +71,13 @@ def slow_A(optimizer, options):
     """A's learning rate is a third of B's."""
     for group in optimizer.param_groups:
         if group["params"][0].shape[0] == options.rank:
-            group["lr"] = options.lr / 3
+            group["scale"] = 1 / 3
 
 
 def one_lr(optimizer, options):
     """A and B have the same learning rate, as in the paper, also from B = 0."""
     for group in optimizer.param_groups:
-        group["lr"] = options.lr
+        group["scale"] = 1.0
 
 
 CHANGES = {"A frozen": frozen_A, "plain Adam": plain_A, "A slow": slow_A, "one lr": one_lr}
