@@ -225,10 +225,10 @@ def untouched(suite, fresh):
 
 # ---- what is run ---------------------------------------------------------------------------------
 
-# label: (method, flags before the value that is swept, change, {suite: values})
-FOLORA = "FoLoRA"
+FOLORA, RATES = "FoLoRA", "1.5e-3 3e-3 6e-3 1.2e-2"
+# label: (method, the flags before the value that is swept, change, {suite: values})
 FRONTS = {
-    "LoRA": ("lora", ["--lr"], None, {"tiny": "1e-3 2e-3 4e-3 8e-3", "gemma3": "3e-4 1e-3 2e-3",
+    "LoRA": ("lora", ["--lr"], None, {"tiny": "1e-3 2e-3 4e-3 8e-3", "gemma3": "1e-3 2e-3",
                                       "smollm2": "3e-4 1e-3 2e-3 4e-3", "fresh": "2e-3"}),
     "MiLoRA": ("milora", ["--lr"], None, {"tiny": "1e-3 2e-3 4e-3 8e-3", "fresh": "5e-4",
                                           "smollm2": "1e-4 3e-4 5e-4 1e-3"}),
@@ -243,11 +243,43 @@ FRONTS = {
         "fresh": "1e-3 3e-3"}),
     "FoLoRA, the paper's": ("folora", ["--preset", "paper", "--lr"], None, {
         "tiny": "2e-3 4e-3 8e-3 1.6e-2", "smollm2": "1e-4 3e-4 6e-4 1e-3", "fresh": "3e-4 6e-4"}),
-    FOLORA: ("folora", ["--lr"], None, {"tiny": "1.5e-3 3e-3 6e-3 1.2e-2",
-                                        "smollm2": "1.5e-3 3e-3 6e-3 1.2e-2",
-                                        "gemma3": "1.5e-3 3e-3 6e-3 1.2e-2", "fresh": "3e-3"}),
+    "FoLoRA, lr": ("folora", ["--basis-rank", "128", "--lr"], None, {
+        "tiny": RATES, "smollm2": RATES, "gemma3": RATES}),
+    FOLORA: ("folora", ["--lr", "3e-3", "--basis-rank"], None, {
+        "smollm2": "64 128 256", "gemma3": "64 128 256", "fresh": "128"}),
 }
-ABLATIONS = {}
+ONE_LR = ["--preset", "paper", "--zero-start", "1"]       # B = 0, all directions, one learning rate
+# {suite: {label: (method, flags, change)}}
+ABLATIONS = {"smollm2": {
+    "all directions, λ = 1, s_min = 0, one lr": ("folora", [
+        *ONE_LR, "--lam", "1", "--s-min", "0", "--lr", "3e-3"], "one lr"),
+    "the same, λ = 3": ("folora", [
+        *ONE_LR, "--lam", "3", "--s-min", "0", "--lr", "3e-3"], "one lr"),
+    "the same, λ = 10": ("folora", [
+        *ONE_LR, "--lam", "10", "--s-min", "0", "--lr", "3e-3"], "one lr"),
+    "the same, λ = 30": ("folora", [
+        *ONE_LR, "--lam", "30", "--s-min", "0", "--lr", "3e-3"], "one lr"),
+    "the same, λ = 1, s_min = 0.3 (the paper's gate)": ("folora", [
+        *ONE_LR, "--lr", "3e-3"], "one lr"),
+    "the same, gate off, A's lr a third": ("folora", [
+        *ONE_LR, "--lam", "30", "--s-min", "1", "--lr", "3e-3"], "one lr, A slow"),
+    "the same, A under plain Adam, A's lr a third": ("folora", [
+        *ONE_LR, "--lam", "30", "--s-min", "0", "--lr", "3e-3"], "one lr, A slow, plain Adam"),
+    "the same, A frozen": ("folora", [
+        *ONE_LR, "--lam", "30", "--s-min", "0", "--lr", "3e-3"], "one lr, A frozen"),
+    "the paper's start, λ = 30, s_min = 0": ("folora", [
+        "--preset", "paper", "--lam", "30", "--s-min", "0", "--lr", "3e-3"], None),
+    "k = 256, λ = 3": ("folora", ["--basis-rank", "256", "--lam", "3", "--lr", "3e-3"], None),
+    "k = 256, lr 1.5e-3": ("folora", ["--basis-rank", "256", "--lr", "1.5e-3"], None),
+    "k = 256, lr 6e-3": ("folora", ["--basis-rank", "256", "--lr", "6e-3"], None),
+    "k = 128, 10 texts behind C_pre": ("folora", [
+        "--basis-rank", "128", "--lr", "3e-3", "--calibration-samples", "10"], None),
+    "k = 128, 20 texts behind C_pre": ("folora", [
+        "--basis-rank", "128", "--lr", "3e-3", "--calibration-samples", "20"], None),
+    "k = 128, 16 examples behind C_task": ("folora", [
+        "--basis-rank", "128", "--lr", "3e-3", "--task-samples", "16"], None),
+}, "fresh": {f"all directions, s_min = 0, one lr, λ = {lam}": ("folora", [
+    *ONE_LR, "--lam", lam, "--s-min", "0", "--lr", "3e-3"], "one lr") for lam in ("30", "3", "1")}}
 
 
 def settings(suite):
