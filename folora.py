@@ -25,7 +25,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     paper             shape                   in code               meaning
     W0                (d_out, d_in)           base_layer.weight     pretrained weight of a layer
     A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B        W = W_res + κ B A; κ: `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task         of mean eigenvalue 1
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task         means of x xᵀ; mean eigenvalue 1
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L             the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V (a basis), gamma    Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min      gate, its sharpness and floor
@@ -108,12 +108,11 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     batches      dicts for model(**batch). Rows whose "attention_mask" is 0 do not count.
     returns      {module name: (d_in, d_in) float32}, the mean of x xᵀ over all tokens, where the
                  paper has the sum. Modules that read one input tensor (q, k, v; gate, up) get one
-                 and the same covariance. Under torch.distributed each process gives its share of
-                 the text, and all get the covariances of the whole.
-    ValueError   no batch, a layer that no token reached, inputs that are not finite
+                 covariance. Under torch.distributed each process gives its share of the text.
+    ValueError   a layer that no token reached, inputs that are not finite
     """
     targets = find_targets(model, target_modules)
-    sums, tokens, first_reader = {}, Counter(), {}
+    sums, tokens, readers = {}, Counter(), {name: [] for name in targets}
     last_input = last_name = mask = None
 
     def hook(module, args, kwargs, name):
@@ -125,9 +124,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             sums[name].addmm_(rows.mT, rows)                    # C += X Xᵀ, where X = rowsᵀ
             tokens[name] += len(rows)
-        if first_reader.setdefault(name, last_name) != last_name:
-            raise ValueError(f"{name} shares its input with another layer in some calls but not in "
-                             "all: leave one of them out of target_modules")
+        readers[name].append(last_name)                         # who was first in each call
 
     handles = [m.register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
                for name, m in targets.items()]
@@ -141,12 +138,15 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     finally:
         for handle in handles:
             handle.remove()
-    for name in targets:
-        if not tokens[first_reader.get(name)]:
+    for name, first in readers.items():
+        if not first or not tokens[first[0]]:
             raise ValueError(f"no token reached {name}: give at least one batch, and such text")
+        if set(first) != {first[0]} or len(first) != len(readers[first[0]]):
+            raise ValueError(f"{name} shares its input with another layer in some calls only: leave "
+                             "one of them out")
     C = {name: _mean_over_processes(name, sums[name], tokens[name])
          for name in targets if name in sums}                   # in one order in all processes
-    return {name: C[first_reader[name]] for name in targets}
+    return {name: C[first[0]] for name, first in readers.items()}
 
 
 def _mean_over_processes(name, total, tokens):

@@ -69,14 +69,15 @@ BLOCK_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
 class Twice(nn.Module):
-    """Two layers, a and b, that read the same input or, if not `same`, two inputs."""
+    """Layers a and b read the same input, or two inputs, or (None) b reads nothing."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x, same):
-        return self.a(x) + self.b(x if same else 2 * x)
+        y = self.a(x)
+        return y if same is None else y + self.b(x if same else 2 * x)
 
 
 def literal_covariances(model, batches, targets):
@@ -141,11 +142,11 @@ def test_modules_that_share_an_input_share_one_covariance():
     assert len({id(c) for c in C.values()}) == 4
 
 
-def test_an_input_shared_in_some_batches_only_is_an_error():
-    for order in ((True, False), (False, True)):
-        batches = [{"x": torch.randn(3, 4), "same": same} for same in order]
-        with pytest.raises(ValueError, match="b shares its input"):
-            folora.collect_covariances(Twice(), batches, ("a", "b"))
+@pytest.mark.parametrize("order", [(True, False), (False, True), (True, None), (None, True)])
+def test_an_input_shared_in_some_batches_only_is_an_error(order):
+    batches = [{"x": torch.randn(3, 4), "same": same} for same in order]
+    with pytest.raises(ValueError, match="b shares its input"):
+        folora.collect_covariances(Twice(), batches, ("a", "b"))
 
 
 def test_bfloat16_inputs_are_summed_in_float32():
@@ -1745,7 +1746,8 @@ spectral = folora.prepare(whole, [{"input": x}], [{"input": scaled[0]["x"]}], lr
 sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
 groups = [{**{k: group[k] for k in ("basis", "gate")}, "params": [sharded[i].lora_A]}
           for i, group in zip((0, 2), spectral.param_groups)]
-groups.append({"params": [sharded[i].lora_B for i in (0, 2)]})
+groups += [{"params": [sharded[i].lora_B], "scale": group["scale"]}
+           for i, group in zip((0, 2), spectral.param_groups[2:])]
 for net, optimizer in ((whole, spectral), (sharded, folora.SAdam(groups, lr=1e-2))):
     for _ in range(3):
         net(x).square().mean().backward()
