@@ -367,23 +367,32 @@ def print_suite(suite):
         print(f"| {label} | {value} | " + " | ".join(cells) + f" | {there and round(there, 4)} |")
 
 
+def undominated(line):
+    """[(NLL, KL)] of a front without the points that learn less and drift more than another."""
+    ends = [(p["nll"][0], p["drift"][0]) for _, p in line]
+    return [(x, y) for x, y in ends if not any(u < x and v < y for u, v in ends)]
+
+
 def draw(suites):
     """assets/tradeoff.png: KL against NLL, a panel a model, a line a method, a point a setting."""
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(5.5 * len(suites), 4.2), squeeze=False,
-                                   layout="constrained")
+    figure, axes = pyplot.subplots(1, len(suites), figsize=(5 * len(suites), 4), squeeze=False,
+                                   layout="constrained", sharey=True)
+    axes[0][0].set_ylabel("KL from the untouched model, nat/token")
     for axis, (suite, title) in zip(axes[0], suites.items()):
-        for label, line in fronts(suite).items():
-            ours = label == FOLORA
-            x, y = ([p[name][0] for _, p in line] for name in ("nll", "drift"))
-            axis.plot(x, y, color="C3" if ours else "0.55", linewidth=2.5 if ours else 1,
-                      marker="o", markersize=6 if ours else 3, zorder=3 if ours else 2)
-            axis.annotate(label, (x[0], y[0]), color="C3" if ours else "0.35", fontsize=8,
-                          xytext=(4, 4), textcoords="offset points")
-        axis.set(title=title, xlabel="NLL of GSM8K test solutions, nat/token (right: learns more)",
-                 ylabel="KL from the untouched model, nat/token (down: forgets less)", yscale="log")
+        lines = {label: undominated(line) for label, line in fronts(suite).items()}
+        for label, line in lines.items():
+            color, width = ("C3", 2.5) if label == FOLORA else ("0.55", 1)
+            if label != "FoLoRA, lr":                      # it crosses FoLoRA's in the default
+                x, y = zip(*sorted(line))
+                axis.plot(x, y, "o-", color=color, linewidth=width, markersize=3 + width)
+                axis.annotate(label, (x[-1], y[-1]), color=color, fontsize=8, xytext=(2, 5),
+                              textcoords="offset points")
+        axis.set(title=title, xlabel="NLL of GSM8K test solutions, nat/token", yscale="log")
+        axis.margins(0.12)
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
+    figure.suptitle("lower: forgets less; further right: learns more", fontsize=9)
     figure.savefig(HERE / "tradeoff.png", dpi=130)
 
 
