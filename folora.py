@@ -142,8 +142,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         if not first or not tokens[first[0]]:
             raise ValueError(f"no token reached {name}: give at least one batch, and such text")
         if set(first) != {first[0]} or len(first) != len(readers[first[0]]):
-            raise ValueError(f"{name} shares its input with another layer in some calls only: leave "
-                             "one of them out")
+            raise ValueError(f"{name} shares its input with another layer in some calls only: "
+                             "leave one of them out")
     C = {name: _mean_over_processes(name, sums[name], tokens[name])
          for name in targets if name in sums}                   # in one order in all processes
     return {name: C[first[0]] for name, first in readers.items()}

@@ -515,6 +515,7 @@ def test_null_space_holds_the_least_energy(massive):
     A0 = folora.null_space(C.float(), 7)
     close(A0 @ A0.mT, torch.eye(7), rtol=0, atol=1e-5)
     assert energy(A0, C) <= 1.02 * scipy.linalg.eigvalsh(C.numpy())[:7].sum()
+    close(folora.null_space(1e-9 * C, 7).abs().float(), A0.abs(), rtol=1e-2, atol=1e-2)
     for rank in (0, 61):
         with pytest.raises(ValueError, match=f"rank {rank} is not from 1 to 60"):
             folora.null_space(C, rank)
@@ -770,7 +771,8 @@ def cycle(distinct, n):
     (cycle(15, 127), None), (cycle(15, 128), "too few distinct tokens"), (cycle(16, 128), None),
     (cycle(119, 1000), "too few distinct tokens"), (cycle(120, 1000), "too few distinct 4-grams"),
     # 63 distinct 4-grams of 253 at length 256 are 0.249, and 64 are 0.253
-    (cycle(63, 256), "too few distinct 4-grams"), (cycle(64, 256), None), (cycle(60, 255), None)])
+    (cycle(63, 256), "too few distinct 4-grams"), (cycle(64, 256), None),
+    (cycle(60, 255), None), (cycle(64, 258), None)])                 # 64 of 255 4-grams are 0.251
 def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(tokens, reason):
     assert folora.reject_reason(tokens) == reason
 

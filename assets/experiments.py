@@ -244,13 +244,19 @@ FRONTS = {
     "FoLoRA, the paper's": ("folora", ["--preset", "paper", "--lr"], None, {
         "tiny": "2e-3 4e-3 8e-3 1.6e-2", "smollm2": "1e-4 3e-4 6e-4 1e-3", "fresh": "3e-4 6e-4"}),
     "FoLoRA, lr": ("folora", ["--basis-rank", "128", "--lr"], None, {
-        "tiny": RATES, "smollm2": RATES, "gemma3": RATES}),
+        "tiny": RATES + " 2.4e-2", "smollm2": RATES, "gemma3": RATES}),
     FOLORA: ("folora", ["--lr", "3e-3", "--basis-rank"], None, {
         "smollm2": "64 128 256", "gemma3": "64 128 256", "fresh": "128"}),
 }
 ONE_LR = ["--preset", "paper", "--zero-start", "1"]       # B = 0, all directions, one learning rate
 # {suite: {label: (method, flags, change)}}
-ABLATIONS = {"smollm2": {
+ABLATIONS = {"tiny": {
+    "k = 64, lr 1.2e-2": ("folora", ["--basis-rank", "64", "--lr", "1.2e-2"], None),
+    "k = 128, lr 1.2e-2, λ = 10": ("folora", [
+        "--basis-rank", "128", "--lr", "1.2e-2", "--lam", "10"], None),
+    "k = 128, lr 1.2e-2, the paper's start": ("folora", [
+        "--basis-rank", "128", "--lr", "1.2e-2", "--zero-start", "0"], None),
+}, "smollm2": {
     "all directions, λ = 1, s_min = 0, one lr": ("folora", [
         *ONE_LR, "--lam", "1", "--s-min", "0", "--lr", "3e-3"], "one lr"),
     "the same, λ = 3": ("folora", [
@@ -272,6 +278,9 @@ ABLATIONS = {"smollm2": {
     "k = 256, λ = 3": ("folora", ["--basis-rank", "256", "--lam", "3", "--lr", "3e-3"], None),
     "k = 256, lr 1.5e-3": ("folora", ["--basis-rank", "256", "--lr", "1.5e-3"], None),
     "k = 256, lr 6e-3": ("folora", ["--basis-rank", "256", "--lr", "6e-3"], None),
+    "k = 32": ("folora", ["--basis-rank", "32", "--lr", "3e-3"], None),
+    "k = 128, s_min = 0.3": ("folora", [
+        "--basis-rank", "128", "--s-min", "0.3", "--lr", "3e-3"], None),
     "k = 128, 10 texts behind C_pre": ("folora", [
         "--basis-rank", "128", "--lr", "3e-3", "--calibration-samples", "10"], None),
     "k = 128, 20 texts behind C_pre": ("folora", [
@@ -357,7 +366,7 @@ def print_suite(suite):
     print("|---" * (len(names) + 3) + "|")
     untouched_row = ((results["untouched"][n], 0, 1) for n in names)
     print("| untouched | | " + " | ".join(map(shown, untouched_row)) + " | |")
-    ours = lines.get(FOLORA, [])
+    ours = lines.get(FOLORA) or lines.get("FoLoRA, lr", [])
     rows = [(label, value, p) for label, line in lines.items() for value, p in line]
     rows += [(label, "", p) for label, setting in ABLATIONS.get(suite, {}).items()
              if (p := point(results, *setting))]
