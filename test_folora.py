@@ -130,10 +130,11 @@ def test_covariances_do_not_depend_on_the_cut_into_batches():
     model, x = Block(), torch.randn(12, 5, 8)
     collect = lambda *parts: folora.collect_covariances(
         model, [{"x": part} for part in parts], BLOCK_TARGETS)
-    whole, pieces, twice = collect(x), collect(*x.split([1, 7, 4])), collect(x, x)
+    whole, pieces, few = collect(x), collect(*x.split([1, 7, 4])), x[:3]
+    again, literal = collect(x, few, few), collect(torch.cat([x, few, few]))
     for name in whole:
         close(whole[name], pieces[name])
-        close(whole[name], twice[name])      # the very same tensor counts again in a new batch
+        close(again[name], literal[name])    # the very same tensor counts again in a new batch
 
 
 def test_modules_that_share_an_input_share_one_covariance():
@@ -641,7 +642,7 @@ def test_prepare_is_its_parts_literally():
     gamma, V = scipy.linalg.eigh(C_task.numpy(), C_pre.numpy() + 0.05 * numpy.eye(16))
     gamma, V = torch.tensor(gamma).flip(0)[:k], torch.tensor(V).flip(1)[:, :k]
     a, b = optimizer.param_groups
-    assert (a["lr"], b["lr"], b["basis"]) == (0.1, 0.1, None)
+    assert (a["lr"], b["lr"], b["basis"], b["scale"]) == (0.1, 0.1, None, 1.0)
     assert (a["params"], b["params"]) == ([model.first.lora_A], [model.first.lora_B])
     gate = torch.clamp(gamma / (gamma + 2.0), min=0.2)
     close(a["gate"].double(), gate, rtol=1e-3, atol=1e-4)
@@ -801,13 +802,17 @@ def fake_text():
 
 
 def test_sampling_draws_decoding_from_the_mixture_in_batches():
-    model, bar, share = FakeGenerator(fake_text), [], Counter()
+    count = iter(range(10 ** 6))
+    numbered = lambda: [3 + next(count), *range(10 ** 6, 10 ** 6 + 39)]
+    model, bar, share = FakeGenerator(numbered), [], Counter()
     texts = folora.sample_calibration(model.train(), FAKE_TOKENIZER, 2000, 60, 60, batch_size=128,
                                       progress=bar.append)
     assert len(texts) == 2000 == sum(bar) and model.training
+    written = [int(text[1]) for text in texts]
+    assert sorted(written[:500]) != sorted(written)[:500]            # a slice is a sample
     assert all(t.dtype == torch.long and t.shape == (41,) and t[0] == 1 for t in texts)
     for call in model.calls:
-        assert call["do_sample"] and call["count"] <= 128
+        assert call["do_sample"] and call["count"] <= 128 and call["eos_token_id"] == [2]
         assert (call["min_new_tokens"], call["max_new_tokens"]) == (60, 60)
         share[call["temperature"], call["top_p"], call["top_k"]] += call["count"] / 2000
     mixture = {(1.0, 1.0, 0): 0.7, (1.0, 0.95, 0): 0.2, (1.2, 0.98, 50): 0.1}
