@@ -1993,7 +1993,7 @@ def test_a_file_is_no_longer_than_its_budget(name, lines, code):
 
 def test_the_readme_is_short_and_its_python_runs(tmp_path):
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 165 and len(text.split()) <= 1300
+    assert len(text.splitlines()) <= 165 and len(text.split()) <= 1350
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert blocks
     for block in blocks:
