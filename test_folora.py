@@ -38,7 +38,7 @@ close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
 BUDGETS = [("folora.py", 565, 335), ("train_math.py", 550, 415), ("eval.py", 585, 380),
-           ("assets/experiments.py", 445, 320)]
+           ("assets/experiments.py", 445, 325)]
 
 
 def covariance(d, tokens, condition=1.0, seed=0):
