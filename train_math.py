@@ -44,7 +44,8 @@ import folora
 # What --preset and --model tiny set, where the command line does not.
 PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, lr=3e-3,
                          calibration_samples=256),
-           "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, lr=3e-4)}
+           "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, lr=3e-4,
+                         calibration_samples=2000)}
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=3200, batch_size=32,
             micro_batch_size=8, max_length=256, calibration_samples=256, calibration_max_tokens=224,
             passes=1, eval_samples=200)
@@ -74,11 +75,11 @@ OPTIONS = [       # flag, type or choices, default, help and whose the default i
     ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
     ("--alpha", POSITIVE, None, "scaling alpha / rank, none: 1 [ours]"),
-    ("--lr", RATE, 1e-3, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
-    ("--lam", POSITIVE, 1.0, "lambda, sharpness of the gate: more forgets less [the paper's]"),
-    ("--s-min", RATE, 0.3, "floor of the gate [the paper's]"),
-    ("--basis-rank", NATURAL, 0, "directions in which A may move, 0: all [the paper's]"),
-    ("--zero-start", NATURAL, 0, "1: B starts at 0; 0: at the paper's residual [the paper's]"),
+    ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
+    ("--lam", POSITIVE, None, "lambda, sharpness of the gate: more forgets less [the paper's]"),
+    ("--s-min", RATE, None, "floor of the gate [ours]"),
+    ("--basis-rank", NATURAL, None, "directions in which A may move, 0: all [ours]"),
+    ("--zero-start", NATURAL, None, "1: B starts at 0; 0: at the paper's residual [ours]"),
     ("--tau", POSITIVE, 0.01, "ridge, relative to C_pre's mean eigenvalue [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps, whatever --epochs says [ours]"),
@@ -88,7 +89,7 @@ OPTIONS = [       # flag, type or choices, default, help and whose the default i
     ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
     ("--calibration", str, "self", "text not to forget: self, sampled from the model, or a hub "
      "id or .jsonl with a field text [the paper's]"),
-    ("--calibration-samples", COUNT, 2000, "texts behind C_pre [the paper's]"),
+    ("--calibration-samples", COUNT, None, "texts behind C_pre [ours]"),
     ("--calibration-max-tokens", COUNT, 512, "tokens of such a text, at most [the paper's]"),
     ("--calibration-model", str, None, "larger model that writes them [the paper's, on Qwen3]"),
     ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
@@ -116,7 +117,10 @@ def parse_options(arguments=None):
         epilog=f"--preset sets {PRESETS}\n--model tiny sets {TINY}, learning rates {TINY_LR}")
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
+        by_preset = [f"{preset}: {values[flag[2:].replace('-', '_')]}"
+                     for preset, values in PRESETS.items() if flag[2:].replace("-", "_") in values]
+        shown = "; ".join(by_preset) or f"default {default}"
+        parser.add_argument(flag, default=default, help=f"{text} ({shown})", **how)
     first = parser.parse_args(arguments)
     parser.set_defaults(**PRESETS[first.preset])
     if ev.is_tiny(first.model):
