@@ -20,29 +20,37 @@ text is sampled from the model itself. A starts in the directions where that tex
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model = folora.merge(model)                                     # a plain model again
+    folora.save_adapter(model, "adapter")                           # a LoRA adapter for PEFT
+    model = folora.merge(model)                                     # or a plain model again
+
+A model that PEFT has wrapped, also on a quantised base, is prepared by the same call: its own
+lora_A and lora_B are started and trained, and saved by PEFT.
 
     paper             shape                   in code               meaning
-    W0                (d_out, d_in)           base_layer.weight     pretrained weight of a layer
+    W0                (d_out, d_in)           weight                pretrained weight of a layer
     A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B        W = W_res + κ B A; κ: `scaling`
     C_pre, C_task     (d_in, d_in)            C_pre, C_task         means of x xᵀ; mean eigenvalue 1
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L             the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V (a basis), gamma    Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min      gate, its sharpness and floor
 
-Not included: dense weights (Appendix D), weight decay, dropout, quantised weights, convolutions.
+Not included: dense weights (Appendix D), weight decay, convolutions, fused experts.
 Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import functools
 import hashlib
+import itertools
+import json
 import math
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # Appendix B adapts all seven projections of a block.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -50,15 +58,41 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 # ---- 3.1  First-order preservation: covariances for forgetting (Eq. 5-6) and utility (Eq. 7) -----
 
+def _factors(layer):
+    """(A, B, κ) of the adapter of a LoRALinear or of a layer that PEFT has wrapped. Other layers
+    have none: None. PEFT's layers are known by their attributes, so peft need not be imported."""
+    if isinstance(layer, LoRALinear):
+        return layer.lora_A, layer.lora_B, layer.scaling
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    factors = [(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in active]
+    return factors[0] if len(factors) == 1 else None
+
+
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
-    """The nn.Linear modules to adapt, {full name: module}, in the model's order.
+    """The layers to adapt, {full name: module}, in the model's order. If PEFT has wrapped layers of
+    the model, they are the targets, with their active adapter. Else they are nn.Linear modules.
 
     target_modules   a name or several; each matches a whole name or its end: "q_proj" matches
                      "layers.0.self_attn.q_proj"
-    ValueError       a name matches nothing, a weight is tied or quantised, or `rank` is too large
+    ValueError       a name matches nothing, a weight is tied, `rank` is too large, or an adapter of
+                     PEFT's cannot start from B = 0
     """
+    modules = dict(model.named_modules())
+    wrapped = {name: m for name, m in modules.items() if hasattr(m, "base_layer") and _factors(m)}
+    for name, module in wrapped.items():
+        A, B, _ = _factors(module)
+        if hasattr(module, "parameter_name") or A.ndim != 2:
+            raise ValueError(f"{name} is a convolution or fused experts (target_parameters): leave "
+                             "it out of the LoraConfig")
+        if B.any():
+            raise ValueError(f"{name} has been trained, or its start has changed the base: its "
+                             "lora_B is not 0, as init_lora_weights=True leaves it")
+    if wrapped:
+        return wrapped
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     matches = lambda name, target: f".{name}".endswith(f".{target}")
     found = {n: m for n, m in linears.items() if any(matches(n, t) for t in targets)}
     missing = [t for t in targets if not any(matches(n, t) for n in found)]
@@ -69,8 +103,9 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     for name, module in found.items():
         if uses[id(module.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module (tied): leave it out")
-        if not module.weight.is_floating_point() or module.weight.element_size() < 2:
-            raise ValueError(f"{name} is quantised ({module.weight.dtype}): load in bfloat16")
+        weight = module.weight
+        if weight.element_size() < 2 or type(weight).__module__.startswith("torchao"):
+            raise ValueError(f"{name} is quantised: first wrap the model with PEFT's get_peft_model")
         if not 0 < rank <= module.in_features:
             raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width")
     return found
@@ -83,6 +118,14 @@ def plain_mode(model):
     modes = {module: module.training for module in model.modules()}
     config = getattr(model, "generation_config", None)
     model.eval().generation_config = config and type(config)()
+    for module in modes:
+        # In evaluation mode on a CPU with AVX512-BF16, bitsandbytes (0.50) repacks its 4-bit
+        # weights. From then on the layer's input gets no gradient, without a message.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError("bitsandbytes has repacked its weights: call prepare before any "
+                                 "other forward pass")
+            module.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
@@ -112,7 +155,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     ValueError   a layer that no token reached, inputs that are not finite
     """
     targets = find_targets(model, target_modules)
-    sums, tokens, readers = {}, Counter(), {name: [] for name in targets}
+    sums, tokens, first_reader = {}, Counter(), {}
     last_input = last_name = mask = None
 
     def hook(module, args, kwargs, name):
@@ -124,7 +167,9 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             sums[name].addmm_(rows.mT, rows)                    # C += X Xᵀ, where X = rowsᵀ
             tokens[name] += len(rows)
-        readers[name].append(last_name)                         # who was first in each call
+        if first_reader.setdefault(name, last_name) != last_name:
+            raise ValueError(f"{name} shares its input with another layer in some calls only: "
+                             "leave one of them out")
 
     handles = [m.register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
                for name, m in targets.items()]
@@ -138,15 +183,12 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     finally:
         for handle in handles:
             handle.remove()
-    for name, first in readers.items():
-        if not first or not tokens[first[0]]:
+    for name in targets:
+        if not tokens[first_reader.get(name)]:
             raise ValueError(f"no token reached {name}: give at least one batch, and such text")
-        if set(first) != {first[0]} or len(first) != len(readers[first[0]]):
-            raise ValueError(f"{name} shares its input with another layer in some calls only: "
-                             "leave one of them out")
     C = {name: _mean_over_processes(name, sums[name], tokens[name])
          for name in targets if name in sums}                   # in one order in all processes
-    return {name: C[first[0]] for name, first in readers.items()}
+    return {name: C[first_reader[name]] for name in targets}
 
 
 def _mean_over_processes(name, total, tokens):
@@ -302,6 +344,9 @@ class SAdam(torch.optim.Optimizer):
     @staticmethod
     def _update(A, G, state, group):
         V, gate, eps, (beta1, beta2) = (group[key] for key in ("basis", "gate", "eps", "betas"))
+        if V is not None and A.element_size() < 4:              # its steps would be rounded away
+            raise ValueError(f"the adapters have been cast to {A.dtype}, as TRL does on a quantised"
+                             " base: cast them back with p.data = p.data.float() before training")
         if V is not None:
             G = (G.to(V.dtype) @ V).to(A.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
         if not state:
@@ -316,6 +361,17 @@ class SAdam(torch.optim.Optimizer):
             # The gate scales the step. A factor on the gradient would be divided out again by √v̂.
             step = ((step * gate).to(V.dtype) @ V.mT).to(A.dtype)                # Eq. 23-24: (r, d)
         A.sub_(group["lr"] * group["scale"] * step)
+
+
+def _refuse_others(optimizer, args, kwargs):
+    """A Trainer without `optimizers` would train the adapters with AdamW, without a word."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    if not isinstance(optimizer, SAdam) and any(hasattr(p, "needs_sadam") for p in params):
+        raise ValueError("AdamW or another optimiser trains FoLoRA's adapters: give the Trainer "
+                         "the one that prepare has returned, optimizers=(optimizer, None)")
+
+
+register_optimizer_step_pre_hook(_refuse_others)
 
 
 # ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
@@ -339,7 +395,7 @@ def _unit(C):
     return C / C.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(nn.Linear):
     """A frozen nn.Linear plus a trainable low-rank term: y = W x + κ B A x, κ = alpha / rank.
 
     alpha    None: κ = 1
@@ -350,16 +406,15 @@ class LoRALinear(nn.Module):
     A and B are float32 and are cast to the input's dtype where they are applied.
     """
 
-    def __init__(self, base_layer, rank, alpha=None, A0=None, B0=None):
-        super().__init__()
-        d_out, d_in = base_layer.weight.shape
-        if not 0 < rank <= d_in or A0 is not None and A0.shape != (rank, d_in):
-            raise ValueError(f"rank {rank} is not from 1 to {d_in}, the input width, or not A0's")
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be > 0 and finite (None: scaling 1), not {alpha}")
-        W0 = base_layer.weight.detach().float()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.scaling = 1.0 if alpha is None else alpha / rank
+    def __init__(self, linear, rank, alpha=None, A0=None, B0=None):
+        d_out, d_in = linear.weight.shape
+        if not 0 < rank <= d_in or not (alpha is None or 0 < alpha < math.inf):
+            raise ValueError(f"rank must be from 1 to {d_in}, the input width, and alpha positive, "
+                             f"not {rank} and {alpha}")
+        super().__init__(d_in, d_out, bias=False, device="meta")
+        self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
+        self.scaling, self.start = 1.0 if alpha is None else alpha / rank, None
+        W0 = linear.weight.detach().float()
         if A0 is None:
             A0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5))
             B0 = W0.new_zeros(d_out, rank)
@@ -367,21 +422,23 @@ class LoRALinear(nn.Module):
             B0 = W0 @ A0.to(W0).mT / self.scaling               # κ⁻¹ W0 U_perp: (d_out, r)
         self.lora_A, self.lora_B = (nn.Parameter(t.to(W0).clone()) for t in (A0, B0))
         if B0.any():
-            self._set(W0 - self.scaling * self.lora_B.detach() @ self.lora_A.detach())
+            self.start = A0.to(W0).clone(), B0.to(W0).clone()
+            self.weight = self._frozen(W0 - self.scaling * self.start[1] @ self.start[0])
 
-    def _set(self, W):
-        W = W.to(self.base_layer.weight.dtype)                  # other code may hold the old one
-        self.base_layer.weight = nn.Parameter(W, requires_grad=False)
+    def _frozen(self, W):
+        return nn.Parameter(W.to(self.weight.dtype), requires_grad=False)
 
     def forward(self, x):
         low = F.linear(x, self.lora_A.to(x.dtype))              # A x: (..., d_in) -> (..., r)
-        return self.base_layer(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
+        return super().forward(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
     def merged(self):
-        """The plain nn.Linear with W = W_res + κ B A, rounded once to W's dtype. Call it once."""
-        self._set(self.base_layer.weight.float() + self.scaling * self.lora_B @ self.lora_A)
-        return self.base_layer
+        """A plain nn.Linear with W = W_res + κ B A, rounded once to W's dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        W = self.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        linear.weight, linear.bias = self._frozen(W), self.bias
+        return linear
 
 
 # ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
@@ -415,38 +472,71 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
     return bases
 
 
+def _row_length(layer):
+    """The root mean square length of the rows of W0, which may be quantised: W0ᵀ = layer(I)."""
+    base = getattr(layer, "base_layer", layer)
+    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+    inputs = torch.eye(layer.in_features, dtype=dtype, device=base.weight.device)
+    W = base(inputs) - base(torch.zeros_like(inputs[:1]))       # (d_in, d_out), without the bias
+    return W.float().norm().item() / math.sqrt(W.shape[1])
+
+
+def _start(model, name, A0, alpha, zero_start):
+    """Put an adapter on a layer, or start the one that PEFT has put there. Returns (A, B, κ)."""
+    layer = model.get_submodule(name)
+    if _factors(layer):
+        A, B, _ = _factors(layer)                               # each layer may have its own rank
+        A.data, B.data = A0[:len(A)].to(A.device, copy=True), torch.zeros_like(B, dtype=A0.dtype)
+    else:
+        B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
+        device = layer.weight.device
+        layer = LoRALinear(layer, len(A0), alpha, A0.to(device), B0)
+        model.set_submodule(name, layer)
+    return _factors(layer)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
-    SAdam that trains the adapters. The options are those of `prepare`."""
+    SAdam that trains the adapters. On a model of PEFT's nothing is frozen or put: its adapters
+    start anew, and what else is trainable in it gets plain Adam at a tenth of lr, the last group."""
     gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]       # checked first
-    if torch.is_inference_mode_enabled():
-        raise ValueError("leave torch.inference_mode: adapters made in it cannot be trained")
-    if not bases or any(isinstance(module, LoRALinear) for module in model.modules()):
+    modules = dict(model.named_modules())
+    if not bases or any(isinstance(module, LoRALinear) for module in modules.values()):
         raise ValueError("no bases, or the model has adapters already: merge them first")
-    model.requires_grad_(False)
+    for name, V in ((name, basis["V"]) for basis in bases for name in basis["modules"]):
+        if name not in modules or modules[name].in_features != len(V):
+            raise ValueError(f"the bases are another model's: {name} is not here or not as wide")
+    if not any(map(_factors, modules.values())):
+        model.requires_grad_(False)
     spectral, plain = [], []
     for basis, gate in zip(bases, gates):
+        As = []
         for name in basis["modules"]:
-            base = model.get_submodule(name)
-            A0 = basis["A0"].to(base.weight.device)
-            B0 = A0.new_zeros(base.out_features, len(A0)) if zero_start else None
-            adapter = LoRALinear(base, len(A0), alpha, A0, B0)
+            length = _row_length(modules[name])
+            A, B, kappa = _start(model, name, basis["A0"], alpha, zero_start)
             # One step from B = 0 makes the rows of κ B about lr times as long as W0's, so that one
             # lr serves layers and models of every scale. The paper's start has W0's scale in B0.
-            length = base.weight.float().norm().item() / math.sqrt(base.out_features)
-            scale = length / (math.sqrt(len(A0)) * adapter.scaling) if zero_start else 1.0
-            plain.append({"params": [adapter.lora_B], "scale": scale})
-            model.set_submodule(name, adapter)
+            scale = length / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
+            plain.append({"params": [B], "scale": scale})
+            A.needs_sadam = True
+            As.append(A)
         # A bfloat16 basis takes half the memory. float16 would lose small gradients.
-        dtype = torch.bfloat16 if base.weight.dtype == torch.bfloat16 else torch.float32
-        spectral.append({"params": [model.get_submodule(n).lora_A for n in basis["modules"]],
-                         "basis": basis["V"].to(A0.device, dtype), "gate": gate.to(A0.device)})
+        W0 = getattr(modules[name], "base_layer", modules[name]).weight
+        dtype = torch.bfloat16 if W0.dtype == torch.bfloat16 else torch.float32
+        V, gate = basis["V"].to(A.device, dtype), gate.to(A.device)
+        spectral.append({"params": As, "basis": V, "gate": gate})
+    ours = {id(p) for group in spectral + plain for p in group["params"]}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    plain += [{"params": others, "scale": 0.1}] if others else []
     return SAdam(spectral + plain, lr)
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
             s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=128):
-    """FoLoRA in one call: adapt `model` in place, freeze the rest, return the optimiser for it.
+    """FoLoRA in one call: adapt `model` in place, freeze the rest, return the optimiser for it. A
+    model from PEFT's get_peft_model keeps its own rank, alpha, targets and trainable parameters.
 
     pretrain_batches   batches (dicts for model(**batch)) of text that must not be forgotten
     task_batches       batches of the target task; 256 examples in the paper
@@ -459,10 +549,14 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     ValueError         before any forward pass: a value out of range, an unknown target
 
     The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
-    first: a later cast to bfloat16 would cast A and B too. Covariances take 8 d_in² bytes per
-    distinct input; train_math.py prepares a share of the layers at a time.
+    first. Covariances take 8 d_in² bytes per distinct input; train_math.py prepares a share of the
+    layers at a time.
     """
-    find_targets(model, target_modules, rank)
+    factors = [_factors(layer) for layer in find_targets(model, target_modules, rank).values()]
+    if any(factors):
+        rank = max(len(A) for A, _, _ in factors)
+    if any(factors) and not zero_start:
+        raise ValueError("the paper's start changes W0, which PEFT keeps: use zero_start=True")
     if not all(0 < x < math.inf for x in (tau, 1 if alpha is None else alpha)):
         raise ValueError(f"tau and alpha must be > 0 and finite, not {tau} and {alpha}")
     if not 0 <= lr < math.inf or not (basis_rank is None or basis_rank >= 1):
@@ -482,23 +576,44 @@ def merge(model):
     return model
 
 
+def save_adapter(model, directory):
+    """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
+    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r. Needs
+    safetensors, which comes with transformers. PEFT's own models have save_pretrained instead."""
+    from safetensors.torch import save_file
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRALinear: save the adapters before they are merged")
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        if layer.start:
+            A, B = torch.cat([A, layer.start[0]]), torch.cat([B, -layer.start[1]], dim=1)
+        for factor, t in (("lora_A", A), ("lora_B", B)):        # (2 r, d_in), (d_out, 2 r), or r
+            tensors[f"base_model.model.{name}.{factor}.weight"] = t.cpu().contiguous()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(A),
+              "lora_alpha": layer.scaling * len(A),
+              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+              "base_model_name_or_path": getattr(model, "name_or_path", None)}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, Path(directory) / "adapter_model.safetensors", {"format": "pt"})
+
+
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
 
 DECODING = ((0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),   # share of the samples, how drawn
             (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
             (0.1, dict(temperature=1.2, top_p=0.98, top_k=50)))
-GIVE_UP = 64         # stop where so many samples are rejected and none has been accepted (ours)
 
 
 def reject_reason(tokens):
     """B.4's screen for degenerate text, a list of token ids: why it is rejected, or None."""
-    n, run = len(tokens), 1
+    n = len(tokens)
     if n < 32:
         return "fewer than 32 tokens"
-    for left, right in zip(tokens, tokens[1:]):
-        run = run + 1 if left == right else 1
-        if run >= 20:
-            return "a run of 20 equal tokens"
+    if max(len(list(run)) for _, run in itertools.groupby(tokens)) >= 20:
+        return "a run of 20 equal tokens"
     if n >= 128 and len(set(tokens)) / n < 0.12:
         return "too few distinct tokens"
     fours = set(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))
@@ -531,8 +646,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress       called with 1 for each accepted sample, such as tqdm(total=num_samples).update
     returns        num_samples LongTensors on the CPU, BOS first, in random order; the same ones for
                    the same seed, batch_size, dtype and device
-    RuntimeError   the first GIVE_UP samples are all rejected, or later as many in a row, or as many
-                   as num_samples if that is more
+    RuntimeError   more than 64 samples, and ten for each accepted one, are rejected
     """
     if not 0 < min_new_tokens <= max_new_tokens:
         raise ValueError(f"{min_new_tokens} to {max_new_tokens} new tokens is no range of lengths")
@@ -541,7 +655,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     eos = eos if isinstance(eos, list) else [eos]               # a chat model may have several
     starts = tokenizer.bos_token_id, getattr(config, "bos_token_id", None), eos[0]
     bos = next(token for token in starts if token is not None)
-    kept, seen, verdicts, in_a_row = [], set(), Counter(), 0
+    kept, seen, rejected = [], set(), 0
     lengths = dict(min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
     devices = [p.device for p in model.parameters() if p.is_cuda][:1]
     with plain_mode(model), torch.random.fork_rng(devices):
@@ -552,11 +666,11 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                 text = hashlib.sha1(tokenizer.decode(tokens).encode()).digest()
                 reason = "exact duplicate" if text in seen else reject_reason(tokens)
                 seen.add(text)
-                verdicts[reason or "accepted"] += 1
-                in_a_row = in_a_row + 1 if reason else 0
-                if in_a_row >= (max(num_samples, GIVE_UP) if kept else GIVE_UP):
-                    raise RuntimeError(f"the screen rejects this model's text: {dict(verdicts)}")
                 if reason is None:
                     kept.append(torch.tensor([bos, *tokens]))
                     progress and progress(1)
+                rejected += reason is not None
+                if rejected > 64 + 10 * len(kept):
+                    raise RuntimeError(f"the screen rejects this model's text: {rejected} samples, "
+                                       f"the last for {reason}, and {len(kept)} accepted")
         return [kept[i] for i in torch.randperm(num_samples)]   # kept is sorted by decoding
