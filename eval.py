@@ -144,30 +144,33 @@ def run_options(name):
     return json.loads((Path(name) / "config.json").read_text())["options"] if finished else {}
 
 
-def resolve_model(name):
-    """(directory or hub id with the weights of a MODEL, None), or (its base model, its adapter)."""
-    path, run = TINY if name == "tiny" else Path(name), run_options(name)
-    if run:
-        path = path / ("merged" if (path / "merged").exists() else "adapter")
-    if (path / "adapter_config.json").exists():
-        config = json.loads((path / "adapter_config.json").read_text())
-        base = run.get("model") or config["base_model_name_or_path"]
-        resolve_model(base)
-        return base, path
-    if path.exists():
-        need((path / "tokenizer_config.json").exists(), f"{name}: neither a checkpoint, nor a PEFT "
-             "adapter, nor a finished run (one that was interrupted?)")
-        return str(path), None
-    owner = "" if "/" in name else OWNERS.get(re.match("[A-Za-z]*", name)[0], "")
-    need(re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", owner + name),
-         f"{name}: no such directory, and no short name (Qwen2.5-1.5B) or hub id (owner/name)")
-    return owner + re.sub("^Llama-2-7b$", "Llama-2-7b-hf", name), None
+def adapter_of(name):
+    """The directory of the PEFT adapter that a MODEL is, or has in place of merged weights."""
+    path = Path(name)
+    path = path / "adapter" if run_options(name) and not (path / "merged").exists() else path
+    return path if (path / "adapter_config.json").exists() else None
 
 
 def base_of(name):
     """The model that a run or an adapter started from, or None."""
-    base, adapter = resolve_model(name)
-    return base if adapter else run_options(name).get("model")
+    config = adapter_of(name) and json.loads((adapter_of(name) / "adapter_config.json").read_text())
+    return run_options(name).get("model") or config and config["base_model_name_or_path"]
+
+
+def resolve_model(name):
+    """The directory or hub id with the weights of a MODEL, without its adapter if it has one."""
+    if adapter_of(name):
+        return resolve_model(base_of(name))
+    path = TINY if name == "tiny" else Path(name)
+    if path.exists():
+        path = path / "merged" if run_options(path) else path
+        need((path / "tokenizer_config.json").exists(), f"{name}: neither a checkpoint, nor a PEFT "
+             "adapter, nor a finished run (one that was interrupted?)")
+        return str(path)
+    owner = "" if "/" in name else OWNERS.get(re.match("[A-Za-z]*", name)[0], "")
+    need(re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", owner + name),
+         f"{name}: no such directory, and no short name (Qwen2.5-1.5B) or hub id (owner/name)")
+    return owner + re.sub("^Llama-2-7b$", "Llama-2-7b-hf", name)
 
 
 def pick_device(device, dtype):
@@ -197,10 +200,10 @@ def add_adapter(model, folder):
 
 def load_model(name, device, dtype):
     """(model, tokenizer), ready for inference."""
-    where, adapter = resolve_model(name)
+    where, adapter = resolve_model(name), adapter_of(name)
     try:
         if adapter:
-            model, tokenizer = load_model(where, device, dtype)
+            model, tokenizer = load_model(base_of(name), device, dtype)
             add_adapter(model, adapter)
             return model, tokenizer
         if not Path(where).exists():
@@ -350,7 +353,7 @@ def label_states(model, batch):
     """(hidden states, labels) at the positions that predict a label, so that the output layer need
     not run at the others. Position t predicts token t + 1."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    hidden, labels = model.base_model(**inputs, use_cache=False)[0], batch["labels"][:, 1:]
+    hidden, labels = model.get_decoder()(**inputs, use_cache=False)[0], batch["labels"][:, 1:]
     return hidden[:, :-1][labels != -100], labels[labels != -100]
 
 
@@ -365,7 +368,7 @@ def logits_of(model, states):
     """The logits at these hidden states, in float32. The model's own forward computes them, without
     its body, because some models scale or cap what the output layer gives."""
     body = lambda *args, **kwargs: BodyOutput([states[None]])
-    with mock.patch.object(model.base_model, "forward", body):
+    with mock.patch.object(model.get_decoder(), "forward", body):
         return model(torch.zeros(1, 1, dtype=torch.long, device=states.device)).logits[0].float()
 
 
@@ -659,7 +662,9 @@ def main(arguments=None):
     options, columns, loaded = parser.parse_args(arguments), {}, None
     need(options.limit is None or options.limit > 0, "--limit must be at least 1")
     need(options.tasks != "" or options.harness, "nothing to score: give --tasks or --harness")
-    bases = [base_of(name) for name in options.models]      # wrong names show before the first hour
+    for name in options.models:
+        resolve_model(name)                          # wrong names show before the first hour
+    bases = [base_of(name) for name in options.models]
     run = next(filter(None, map(run_options, options.models)), {})
     device, dtype = pick_device(options.device, options.dtype or run.get("dtype", "auto"))
     extra = options.harness and harness_tasks(options.harness, options.harness_metadata)
