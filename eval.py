@@ -7,8 +7,8 @@ This prints a table with one column per model and one row per task. A model is a
 train_math.py, a PEFT adapter's directory, a checkpoint directory, a hub id, or a short name
 (Qwen2.5-1.5B). The data of a task comes from the hub, or from a file as in nq_open=dev.jsonl.
 
-    gsm8k, math         target: the model answers greedily, and what follows "The answer is:" is
-                        compared, as in CorDA; math needs lm-eval
+    gsm8k               target: the model answers greedily, and the number after "The answer is:"
+                        is compared, as in CorDA
     nll                 the loss per token of GSM8K's reference solutions, in nat
     nq_open, triviaqa   preservation: exact match, by the prompts and rules of lm-eval 0.4.13
     webqs               preservation: 1 if an accepted answer is the greedy continuation, as lm-eval
@@ -51,7 +51,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Each task has a role and a source: a hub id with configuration and split, or a file.
 TASKS = {
     "gsm8k": ("target", "openai/gsm8k", "main", "test"),
-    "math": ("target", "DigitalLearningGmbH/MATH-lighteval", "default", "test"),
     "nq_open": ("preserve", "google-research-datasets/nq_open", None, "validation"),
     "triviaqa": ("preserve", "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "webqs": ("preserve", "stanfordnlp/web_questions", None, "test"),
@@ -70,6 +69,10 @@ CODE_ALLOWED = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
 
 # ---- errors and files ----------------------------------------------------------------------------
+
+# What torch and safetensors say then, in errors that have no type of their own.
+FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error")
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line."""
@@ -90,12 +93,10 @@ def refuse(what, error):
 
 
 def is_the_users(error):
-    """Whether the user can mend an error: also what folora.py raises by itself, and the errors of
-    torch and safetensors when memory or a disk is full, which have no types of their own."""
+    """Whether the user can mend an error. That includes what folora.py raises by itself."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    full = re.search("CPUAllocator|PytorchStreamWriter|inline_container|os error", str(error))
     return (isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError,
-                               FloatingPointError, KeyboardInterrupt)) or full
+                               FloatingPointError, KeyboardInterrupt)) or FULL.search(str(error))
             or last.filename == folora.__file__ and last.line.startswith("raise "))
 
 
@@ -109,8 +110,9 @@ def one_line(main):
         except (Exception, KeyboardInterrupt) as error:
             if not is_the_users(error):
                 raise
+            full = "is the disk full, or the memory? " if FULL.search(str(error)) else ""
             text, status = first_line(error), 1 if isinstance(error, FloatingPointError) else 2
-        tqdm.write(text, file=sys.stderr)            # the bars of the failed main are closed by now
+        tqdm.write(full + text, file=sys.stderr)     # the bars of the failed main are closed by now
         sys.exit(status)
     return guarded
 
@@ -127,7 +129,7 @@ def reach_hub():
     """Ask for the hub once. Without a network its clients would repeat every request for half a
     minute; now they use what has been downloaded before, or fail at once."""
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
@@ -434,10 +436,12 @@ def greedy(model, tokenizer, prompts, max_new_tokens, stops=(), desc=None):
     call leaves open, such as beams or a repetition penalty, from the checkpoint's
     generation_config. folora.plain_mode sets it aside; only its end-of-sequence tokens are used."""
     encoded, out = [tokenizer(prompt)["input_ids"] for prompt in prompts], {}
-    pad, eos = tokenizer.pad_token_id, model.generation_config.eos_token_id
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    need(longest <= positions(model), f"{desc}: a prompt and its answer take {longest} tokens, and "
+         f"the model was made for {positions(model)}")
     how = dict(do_sample=False, max_new_tokens=max_new_tokens, stop_strings=list(stops) or None,
-               tokenizer=tokenizer, eos_token_id=eos,
-               pad_token_id=tokenizer.eos_token_id if pad is None else pad)
+               tokenizer=tokenizer, pad_token_id=tokenizer.eos_token_id,
+               eos_token_id=model.generation_config.eos_token_id)
     batches = by_length(range(len(prompts)), 32, lambda i: len(encoded[i]))
     for batch in tqdm(batches, desc=desc, leave=False):
         inputs = collate([encoded[i] for i in batch], model.device, "left")
@@ -467,14 +471,10 @@ def shortest_prefixes(answers):
             if not any(answer.startswith(other) for other in answers if other != answer)]
 
 
-def stated(text):
-    """What follows the last "The answer is:", or the empty string."""
-    return text.rpartition("The answer is:")[2] if "The answer is:" in text else ""
-
-
 def final_number(text):
     """The number after the last "The answer is:", or None."""
-    found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", stated(text))
+    _, marker, stated = text.rpartition("The answer is:")
+    found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", stated if marker else "")
     return float(found.group().replace(",", "")) if found else None
 
 
@@ -502,18 +502,13 @@ def score_webqs(model, tokenizer, pairs, task):
     return [any(w[:len(tokens)] == tokens for tokens in some) for w, some in zip(written, choices)]
 
 
-def score_math(model, tokenizer, pairs, task):
-    """gsm8k and math, with at most 512 new tokens and half of a small model's context."""
+def score_gsm8k(model, tokenizer, pairs, task):
+    """At most 512 new tokens, and half of a small model's context."""
     longest, stops = min(512, positions(model) // 2), ("### Instruction", "Question:")
     prompts = [prompt_of(question, True) for question, _ in pairs]
     tokens = greedy(model, tokenizer, prompts, longest, stops, task)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    if task == "gsm8k":                              # load_tasks has seen that no answer is None
-        return [final_number(t) == final_number(answer) for t, (_, answer) in zip(texts, pairs)]
-    rules = lm_eval("tasks.hendrycks_math.utils")
-    found = [until(stated(text), ("\n", *stops)).rstrip(".") for text in texts]
-    return [bool(t) and rules.is_equiv(t, rules.remove_boxed(rules.last_boxed_only_string(answer)))
-            for t, (_, answer) in zip(found, pairs)]
+    return [final_number(t) == final_number(answer) for t, (_, answer) in zip(texts, pairs)]
 
 
 def default_tasks(model):
@@ -528,23 +523,20 @@ def load_tasks(names, limit=None):
     tasks = {}
     for name, _, path in (item.partition("=") for item in names.split(",") if item):
         need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        if name == "math":
-            lm_eval("tasks")
         kind, source, config, split = TASKS[name]
-        rows = read_rows(path or source, config, split, limit) if path or source else []
-        tasks[name] = (to_questions if kind == "preserve" else to_pairs)(rows, path or source)
+        source = path or source
+        rows = read_rows(source, config, split, limit) if source else []
+        tasks[name] = (to_questions if kind == "preserve" else to_pairs)(rows, source)
         for number, (_, answer) in enumerate(tasks[name], 1):
-            need(name != "gsm8k" or final_number(answer) is not None, f"{path or source}, line "
-                 f"{number}: its answer has no number after #### or \"The answer is:\"")
-            need(name != "math" or "\\boxed{" in answer, f"{path or source}, line {number}: its "
-                 "answer has no \\boxed{...}")
+            need(name != "gsm8k" or final_number(answer) is not None, f"{source}, line {number}: "
+                 'its answer has no number after #### or "The answer is:"')
     return tasks
 
 
 def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     """{task: score}, in per cent, or in nat for nll and drift. `reference` is the untouched model
     and `texts` its held-out text. Without them the model itself is the untouched one."""
-    scores, score = {}, {"gsm8k": score_math, "math": score_math, "webqs": score_webqs}
+    scores, score = {}, {"gsm8k": score_gsm8k, "webqs": score_webqs}
     for name, pairs in tasks.items():
         if name == "nll":
             examples = encode_all(tokenizer, pairs, min(1024, positions(model)))
@@ -564,7 +556,7 @@ def lm_eval(module):
     try:
         return importlib.import_module(f"lm_eval.{module}")
     except ImportError as error:
-        refuse("--harness and the task math need lm-eval: pip install lm-eval==0.4.13", error)
+        refuse("--harness needs lm-eval: pip install lm-eval==0.4.13", error)
 
 
 def harness_tasks(names, metadata=None):
@@ -611,18 +603,15 @@ def harness_score(result):
 
 def role(row):
     """target, preserve, measure, or "" for a summary row."""
-    if row in TASKS or row in ("Avg1", "Avg1(%)", "Avg2", "GM"):
-        return TASKS.get(row, ("",))[0]
-    return "target" if row.startswith(HARNESS_TARGETS) else "preserve"
+    other = "target" if row.startswith(HARNESS_TARGETS) else "preserve"
+    return "" if row in ("Avg1", "Avg1(%)", "Avg2", "GM") else TASKS.get(row, (other,))[0]
 
 
 def summarise(scores, first=None):
     """The summary rows of one column. Avg1(%) needs `first`, the untouched model's column. A mean
     of nothing is not a finite number, and its rows are left out."""
-    def average(scores, wanted):
-        some = [score for task, score in scores.items() if role(task) == wanted]
-        return torch.tensor(some, dtype=torch.float64).mean()
-
+    average = lambda column, wanted: torch.tensor(
+        [score for row, score in column.items() if role(row) == wanted], dtype=torch.float64).mean()
     keep, target = average(scores, "preserve"), average(scores, "target")
     rows = {"Avg1": keep, "Avg1(%)": 100 * keep / average(first or {}, "preserve"), "Avg2": target,
             "GM": (keep * target).sqrt()}
@@ -676,7 +665,7 @@ def main(arguments=None):
             source = base or next(filter(None, bases), options.models[0])
             if "drift" in tasks and source != loaded:
                 reference, _ = load_model(source, device, dtype)
-                length = min(256, run.get("calibration_max_tokens", 256))
+                length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
                 texts, loaded = held_out(reference, tokenizer, length), source
             scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
             if extra:
