@@ -65,14 +65,12 @@ HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_
                   "em", "acc")
 # lm-eval's tasks that begin so count as target tasks, all others as preservation.
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
+# How torch and safetensors report a full disk or memory, for which they have no error types.
+FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error")
 CODE_ALLOWED = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
 
 # ---- errors and files ----------------------------------------------------------------------------
-
-# What torch and safetensors say then, in errors that have no type of their own.
-FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error")
-
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line."""
@@ -126,8 +124,8 @@ def write_json(value, path):
 
 @functools.cache
 def reach_hub():
-    """Ask for the hub once. Without a network its clients would repeat every request for half a
-    minute; now they use what has been downloaded before, or fail at once."""
+    """Ask once whether the hub can be reached. If not, its clients would repeat every request for
+    half a minute; in offline mode they use what has been downloaded before, or fail at once."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:
@@ -147,7 +145,7 @@ def run_options(name):
 
 
 def adapter_of(name):
-    """The directory of the PEFT adapter that a MODEL is, or has in place of merged weights."""
+    """The directory of a MODEL's PEFT adapter, or None. Of a run it counts if nothing is merged."""
     path = Path(name)
     path = path / "adapter" if run_options(name) and not (path / "merged").exists() else path
     return path if (path / "adapter_config.json").exists() else None
@@ -360,7 +358,7 @@ def label_states(model, batch):
 
 
 class BodyOutput(tuple):
-    """(hidden states,), for a model's head. Whatever else the head looks for is None."""
+    """What a model's body returns: (hidden states,). All that a head may look for beside is None."""
 
     def __getattr__(self, name):
         return self[0] if name == "last_hidden_state" else None
