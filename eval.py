@@ -175,10 +175,11 @@ def resolve_model(name):
 
 def pick_device(device, dtype):
     """torch's device and dtype; auto: bfloat16 on a GPU if there is one, else float32 on a CPU."""
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    known = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
-    device = known[0] if device == "auto" else device
-    need(device in known, f"--device {device}: this torch sees {', '.join(known)}")
+    count = torch.cuda.device_count()
+    device = device.replace("auto", "cuda" if count else "cpu")
+    need(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:1")
+    need(device == "cpu" or int(device[5:] or 0) < count,
+         f"--device {device}: this torch sees {count or 'no'} CUDA GPU; use --device cpu")
     dtype = dtype.replace("auto", "float32" if device == "cpu" else "bfloat16")
     return torch.device(device), DTYPES[dtype]
 
@@ -226,12 +227,12 @@ def positions(model):
 # ---- data ----------------------------------------------------------------------------------------
 
 def read_rows(source, config=None, split="train", limit=None):
-    """The rows (dicts) of a .jsonl file or of a hub data set. Only a line feed ends a line of a
-    file, because a text may hold other line separators."""
+    """The rows (dicts) of a .jsonl file or of a hub data set. The lines of a file are those of its
+    bytes, because a text may hold U+2028 and other line separators."""
     rows, problem = [], f"{source}: no such file or hub data set can be read"
     try:
         if source.endswith((".jsonl", ".json")):
-            for number, line in enumerate(Path(source).read_bytes().strip().split(b"\n"), 1):
+            for number, line in enumerate(Path(source).read_bytes().strip().splitlines(), 1):
                 problem = f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"
                 rows.append({**json.loads(line.decode("utf-8-sig"))})
         else:
@@ -239,6 +240,7 @@ def read_rows(source, config=None, split="train", limit=None):
             rows = list(datasets.load_dataset(source, config, split=split))
     except Exception as error:
         refuse(problem, error)
+    need(rows, f"{source}: no rows")
     return rows[:limit]
 
 
@@ -358,7 +360,7 @@ def label_states(model, batch):
 
 
 class BodyOutput(tuple):
-    """What a model's body returns: (hidden states,). All that a head may look for beside is None."""
+    """What a model's body returns: (hidden states,). Whatever else a head looks for is None."""
 
     def __getattr__(self, name):
         return self[0] if name == "last_hidden_state" else None

@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 565, 335), ("train_math.py", 555, 420), ("eval.py", 585, 380),
+BUDGETS = [("folora.py", 565, 335), ("train_math.py", 555, 420), ("eval.py", 685, 445),
            ("assets/experiments.py", 445, 325)]
 
 
@@ -919,12 +919,15 @@ def test_pairs_are_found_under_every_name_and_gsm8k_notes_go():
     assert ev.to_questions(rows, "x") == [("q", ["a"])] * 3
 
 
-def test_a_line_of_a_file_ends_at_a_line_feed_only(tmp_path):
+def test_no_separator_but_a_line_feed_ends_a_line_of_a_file(tmp_path):
     path, rows = tmp_path / "a.jsonl", [{"text": "a\u2028b\u0085c\u000cd\x1ce"}, {"text": "é"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
     assert ev.read_rows(str(path)) == rows
     assert ev.given_texts(str(path), 1) == [rows[0]["text"]]
+    path.write_bytes(b" \r\n\n")
+    with pytest.raises(ev.UserError, match="a.jsonl: no rows"):
+        ev.read_rows(str(path))
 
 
 ROW = b'{"question": "q", "answer": "The answer is: 5", "text": "t"}\n'
@@ -1147,8 +1150,8 @@ def test_what_the_user_can_mend_is_one_line(error, status, capsys):
             raise error
     with pytest.raises(SystemExit if status else type(error), match=str(status or "it is so")):
         main()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert (last.endswith("it is so") and "%" not in last) == bool(status)
+    last = capsys.readouterr().err.split("\n")[-2]
+    assert (last.endswith("it is so") and "0%" not in last) == bool(status)
 
 
 def test_what_folora_raises_itself_is_the_users(capsys):
@@ -1161,7 +1164,7 @@ def test_what_folora_raises_itself_is_the_users(capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--limit 0", "--limit must be at least 1"), ("--tasks=", "nothing to score"),
-    ("--device tpu", "--device tpu: this torch sees cpu"), ("runs/none", "runs/none: no such dir"),
+    ("--device tpu", "--device tpu: it is cpu, cuda or"), ("runs/none", "runs/none: no such dir"),
     ("--tasks facts=none.jsonl", "none.jsonl: no such file"), ("--tasks sing", "unknown task sing"),
     ("--harness mmlu", "pip install lm-eval"), ("--dtype int8", "invalid choice")])
 def test_a_bad_command_ends_before_a_model_is_loaded(arguments, message, monkeypatch, capsys):
@@ -1178,6 +1181,7 @@ def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     ev.reach_hub.__wrapped__()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and ev.datasets.config.HF_HUB_OFFLINE
     with pytest.raises(ev.UserError, match="Couldn't reach 'owner/data'"):
         ev.read_rows("owner/data")
     with pytest.raises(ev.UserError, match="cannot load the model owner/name: [^\n]*$"):
@@ -1834,7 +1838,7 @@ def test_what_is_fresh_has_chosen_nothing(experiments, tmp_path):
     options = SimpleNamespace(model="tiny", data=str(ev.TINY / "train.jsonl"), nq=None, webqs=None,
                               test=str(tmp_path / "test.jsonl"))
     suite = experiments.real_suite("fresh", options)[:-1] + (f"nll={options.test}",)
-    rows = [int(row["question"]) for row in experiments.loaded(suite, True)[3]["nll"][0]]
+    rows = [int(question) for question, _ in experiments.loaded(suite, True)[3]["nll"]]
     searched = train_math.parse_options(experiments.SUITES["smollm2"].split()).eval_samples
     assert min(rows) == searched and len(rows) == 128
     seeds = [{w[3] for w in experiments.wanted(name)} for name in ("smollm2", "fresh")]
@@ -1845,7 +1849,8 @@ def test_what_is_fresh_has_chosen_nothing(experiments, tmp_path):
 @pytest.mark.parametrize("row", [{"question": "who", "answer": ["Tom", "T"]},
                                  {"question": "who", "answers": ["Tom"]}])
 def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny, row):
-    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", row)
+    pair, = ev.to_questions([row], "questions")
+    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", *pair)
     labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
     assert tiny[1].decode(labelled) == " Tom"
     assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"
