@@ -26,6 +26,7 @@ import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 import eval as ev
 import folora
@@ -37,7 +38,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 565, 335), ("train_math.py", 555, 420), ("eval.py", 585, 380),
+BUDGETS = [("folora.py", 565, 335), ("train_math.py", 555, 420), ("eval.py", 685, 445),
            ("assets/experiments.py", 445, 325)]
 
 
@@ -871,308 +872,203 @@ def test_sampling_from_a_real_model(tiny):
 
 # ---- eval.py -------------------------------------------------------------------------------------
 
-# (text, answers, correct on nq_open, on triviaqa), as lm-eval 0.4.13 scores them: see below
-EXACT = [
-    ("Paris", ["Paris", "Lutetia"], 1, 1),
-    ("paris", ["Paris"], 1, 1),
-    ("the Eiffel Tower", ["Eiffel Tower"], 1, 0),
-    ("The Eiffel tower!", ["eiffel tower"], 1, 0),
-    ("Eiffel", ["Eiffel Tower"], 0, 0),
-    ("U.S.A", ["USA"], 1, 1),
-    ("", ["Paris"], 0, 0),
-    ("an apple", ["a apple"], 1, 0),
-    ("banana the", ["banana"], 0, 0),
-    ("December 14 1972", ["14 December 1972 UTC", "December 14, 1972"], 1, 1),
-    ("theatre", ["atre"], 0, 0),
-    ("THE WHO", ["who"], 0, 0),
-]
+# text, answers, correct on nq_open, on triviaqa: the verdicts of lm-eval 0.4.13
+EXACT = [("Paris", ["Paris", "Lutetia"], 1, 1), ("paris", ["Paris"], 1, 1), ("", ["Paris"], 0, 0),
+         ("the Eiffel Tower", ["Eiffel Tower"], 1, 0), ("Eiffel", ["Eiffel Tower"], 0, 0),
+         ("The Eiffel tower!", ["eiffel tower"], 1, 0), ("U.S.A", ["USA"], 1, 1),
+         ("an apple", ["a apple"], 1, 0), ("banana the", ["banana"], 0, 0),
+         ("December 14 1972", ["14 December 1972 UTC", "December 14, 1972"], 1, 1),
+         ("theatre", ["atre"], 0, 0), ("THE WHO", ["who"], 0, 0)]
 
 
-@pytest.mark.parametrize("text, answers, nq, trivia", EXACT)
-def test_exact_match(text, answers, nq, trivia):
-    assert (ev.exact_match(text, answers), ev.exact_match(text, answers, articles=False)) == (
-        bool(nq),
-        bool(trivia),
-    )
+def test_exact_match():
+    for text, answers, *verdicts in EXACT:
+        assert [ev.exact_match(text, answers, articles) for articles in (True, False)] == verdicts
 
 
 def test_metrics_agree_with_lm_eval():
-    metrics = pytest.importorskip(
-        "lm_eval.api.metrics",
-        reason="pip install lm-eval==0.4.13 to compare with it; its verdicts stand in EXACT",
-    )
+    metrics = pytest.importorskip("lm_eval.api.metrics", reason="pip install lm-eval==0.4.13")
     from lm_eval.tasks.webqs.utils import doc_to_choice
-
-    nq = dict(
-        ignore_case=True,
-        ignore_punctuation=True,
-        regexes_to_ignore=["\\b(?:The |the |An |A |The |a |an )"],
-    )
-    for text, answers, on_nq, on_trivia in EXACT:
-        score = lambda **how: max(
-            metrics.exact_match_hf_evaluate([text], [a], **how)["exact_match"] for a in answers
-        )
-        assert (
-            score(**nq) == on_nq and score(ignore_case=True, ignore_punctuation=True) == on_trivia
-        )
+    how = dict(ignore_case=True, ignore_punctuation=True)
+    articles = ["\\b(?:The |the |An |A |The |a |an )"]
+    for text, answers, *verdicts in EXACT:
+        for ignored, verdict in zip((articles, None), verdicts):
+            scores = [metrics.exact_match_hf_evaluate([text], [a], regexes_to_ignore=ignored, **how)
+                      for a in answers]
+            assert max(score["exact_match"] for score in scores) == verdict
     for answers in (["Spanish", "Spain", "Spanish Language"], ["b", "a", "ab"]):
         assert ev.shortest_prefixes(answers) == doc_to_choice({"answers": list(answers)})
 
 
-def test_text_is_cut_at_the_first_stop():
-    assert (
-        ev.until(" Paris, France.\nQ: next", ("\n", ".", ",")) == "Paris"
-        and ev.until(" Paris ", ("\n",)) == "Paris"
-    )
-
-
-def test_numbers_after_the_answer_is():
-    assert [
-        ev.final_number(t)
-        for t in (
-            "The answer is: 18",
-            "The answer is: $1,234.50.",
-            "The answer is: 3. The answer is: -4",
-            "18",
-            "The answer is: none",
-            "so\nThe answer is: 5%",
-        )
-    ] == [18, 1234.5, -4, None, None, 5]
-    assert ev.boxed(r"first \boxed{1} then \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
-
-
-def test_fields_of_the_other_training_sets():
-    """One row each of CodeFeedback-Filtered-Instruction, WizardLM_evol_instruct_70k, MetaMathQA."""
-    rows = [
-        {"query": "q", "answer": "a", "resource": "evolinstruct", "lang": "python"},
-        {"instruction": "q", "output": "a"},
-        {"type": "GSM_Rephrased", "query": "q", "original_question": "o", "response": "a"},
-    ]
-    assert ev.to_pairs(rows, "x") == [("q", "a")] * 3
+def test_answers_are_read_from_the_text():
+    assert ev.until(" Paris, France.\nQ: next", ("\n", ".", ",")) == "Paris"
+    numbers = {"The answer is: 18": 18, "The answer is: $1,234.50.": 1234.5, "18": None,
+               "The answer is: 3. The answer is: -4": -4, "The answer is: none": None}
+    assert {text: ev.final_number(text) for text in numbers} == numbers
 
 
 def test_pairs_are_found_under_every_name_and_gsm8k_notes_go():
-    rows = [
-        {"question": "q", "answer": "2+3=<<2+3=5>>5.\n#### 5"},
-        {"query": "q", "response": "r"},
-        {"instruction": "q", "input": "i", "output": "r"},
-        {"query": "q", "answer": "r"},
-    ]
-    assert ev.to_pairs(rows, "x") == [
-        ("q", "2+3=5.\nThe answer is: 5"),
-        ("q", "r"),
-        ("q\ni", "r"),
-        ("q", "r"),
-    ]
-    with pytest.raises(
-        SystemExit,
-        match="x, line 2: no field called question or query or instruction or problem .*has: text",
-    ):
-        ev.to_pairs([rows[0], {"text": "t"}], "x")
+    rows = [{"question": "q", "answer": "2+3=<<2+3=5>>5.\n#### 5"},          # GSM8K
+            {"instruction": "q", "input": "i", "output": "r"},                 # Alpaca
+            {"instruction": "q", "output": "r"},                               # WizardLM
+            {"query": "q", "answer": "r", "lang": "python"},                   # CodeFeedback
+            {"query": "q", "original_question": "o", "response": "r"}]         # MetaMathQA
+    wanted = [("q", "2+3=5.\nThe answer is: 5"), ("q\ni", "r"), ("q", "r"), ("q", "r"), ("q", "r")]
+    assert ev.to_pairs(rows, "x") == wanted
+    rows = [{"question": "q", "answer": answer} for answer in ("a", ["a"], {"aliases": ["a"]})]
+    assert ev.to_questions(rows, "x") == [("q", ["a"])] * 3
 
 
+def test_no_separator_but_a_line_feed_ends_a_line_of_a_file(tmp_path):
+    path, rows = tmp_path / "a.jsonl", [{"text": "a\u2028b\u0085c\u000cd\x1ce"}, {"text": "é"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
+    assert ev.read_rows(str(path)) == rows
+    assert ev.given_texts(str(path), 1) == [rows[0]["text"]]
+    path.write_bytes(b" \r\n\n")
+    with pytest.raises(ev.UserError, match="a.jsonl: no rows"):
+        ev.read_rows(str(path))
+
+
+ROW = b'{"question": "q", "answer": "The answer is: 5", "text": "t"}\n'
+NOT_JSON, NO_ANSWER = "line 2: not JSON with fields", "line 2: no field called answer"
+
+
+@pytest.mark.parametrize("task, line, message", [
+    *(("texts", line, NOT_JSON) for line in (b'{"text": "\xff"}', b'{"text"', b"[1]", b"null")),
+    *(("texts", line, "line 2: no field called text or question")
+      for line in (b'{"text": 5}', b'{"text": ["a"]}', b'{"b": "a"}', b'{"text": " "}')),
+    *((task, b'{"question": "q", "answer": %s}' % answer, NO_ANSWER)
+      for answer in (b"null", b"5", b'" "', b"[]", b"[5]", b'{"aliases": []}')
+      for task in ("facts", "nll") if answer != b"[]"),
+    ("facts", b'{"answer": "a"}', "line 2: no field called question"),
+    ("nll", b'{"answer": "a"}', "line 2: no field called question or query"),
+    ("gsm8k", b'{"question": "q", "answer": "five"}', "line 2: its answer has no number"),
+    ("squares", b"", "unknown task squares: there are gsm8k"),
+])
+def test_a_bad_row_is_named_before_a_model_is_loaded(tmp_path, task, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(ROW + line + b"\n" + ROW)
+    with pytest.raises(ev.UserError, match=message) as stopped:
+        ev.given_texts(str(path), None) if task == "texts" else ev.load_tasks(f"{task}={path}")
+    assert "\n" not in str(stopped.value)
+
+
+def test_examples_that_do_not_fit_are_counted(tiny, capsys):
+    pairs = [("q", "r"), ("q", "r"), ("long " * 60, "r")]
+    assert len(ev.encode_all(tiny[1], pairs, 100)) == 2
+    assert "1 of 3 examples are left out" in capsys.readouterr().err
+    with pytest.raises(ev.UserError, match="2 of 3 examples have prompts that fill --max-length"):
+        ev.encode_all(tiny[1], [pairs[0], pairs[2], pairs[2]], 100)
 
 
 def test_loss_is_on_the_response_and_equals_the_models_own(tiny, monkeypatch):
     model, tokenizer = tiny
-    examples = ev.encode_all(
-        tokenizer,
-        [
-            ("What is 2 + 2?", "It is 4.\nThe answer is: 4"),
-            ("Sort these words: b a", "a b, as asked and no more"),
-        ],
-        256,
-    )
-    for example in examples:
+    pairs = [("What is 2 + 2?", "It is 4.\nThe answer is: 4"), ("Sort: b a", "a b, and no more")]
+    examples = ev.encode_all(tokenizer, pairs, 256)
+    for example, (ask, ending) in zip(examples, ((pairs[0][0], " Let's think step by step."),
+                                                 (pairs[1][0], ""))):
         prompt = [i for i, label in zip(example["ids"], example["labels"]) if label == -100]
-        assert (
-            tokenizer.decode(prompt).endswith(
-                "### Response:"
-                if example is examples[1]
-                else "### Response: Let's think step by step."
-            )
-            and example["labels"][-1] == tokenizer.eos_token_id
-        )
-        assert example["labels"][len(prompt) :] == example["ids"][len(prompt) :]
+        assert tokenizer.decode(prompt).endswith(f"{ask}\n\n### Response:{ending}")
+        assert example["labels"][len(prompt):] == example["ids"][len(prompt):]
+        assert example["labels"][-1] == tokenizer.eos_token_id
     batch = ev.collate(examples, "cpu")
-    states, targets = ev.label_states(model, batch)
-    logits = ev.logits_of(model, states)
-    own = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-    ).loss
-    torch.testing.assert_close(nn.functional.cross_entropy(logits, targets), own)
-    assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own.item(), rel=1e-4)
-    monkeypatch.setattr(ev, "LOGITS", 3 * logits.shape[1])  # three positions a piece
-    assert len(ev.pieces(model, states)) == -(-len(states) // 3) > 1
-    assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own.item(), rel=1e-4)
+    own, count = model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
     weight = model.model.layers[0].mlp.down_proj.weight
-    ours, theirs = (
-        torch.autograd.grad(loss, weight)[0]
-        for loss in (ev.summed_nll(model, batch) / len(targets), own)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    for limit in (ev.LOGITS, 3 * model.config.vocab_size):           # the second: three a piece
+        monkeypatch.setattr(ev, "LOGITS", limit)
+        ours = ev.summed_nll(model, batch) / count
+        close(ours, own)
+        close(*(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (ours, own)),
+              rtol=1e-3, atol=1e-6)
+        assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Gemma2", {"final_logit_softcapping": 0.5}), ("Granite", {"logits_scaling": 3.0}),
+    ("Cohere", {"logit_scale": 0.25}), ("OPT", {"word_embed_proj_dim": 16, "ffn_dim": 32}),
+    ("GPT2", {"n_layer": 1, "n_head": 2}), ("Mixtral", {"output_router_logits": True})])
+def test_loss_is_the_models_own_whatever_its_head_does(kind, options):
+    import transformers
+    options |= dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+                    pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{kind}Config")(**options)).eval()
+    ids = torch.arange(3, 21).view(2, 9)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    close(ev.summed_nll(model, batch), own)
 
 
 def test_drift_is_the_kl_of_next_token_distributions(tiny, monkeypatch):
     model, tokenizer = tiny
-    other, _ = ev.load_model("tiny", torch.device("cpu"), torch.float32)
+    other, _ = ev.load_model("tiny", CPU, torch.float32)
     with torch.no_grad():
         other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
-    texts = [
-        torch.tensor(tokenizer(t)["input_ids"])
-        for t in ("12 + 7 = 19\n", "Q: what is 4 + 4?\nA: 8\nQ: ")
-    ]
-    total = count = 0
-    for t in texts:
-        p, q = (m(t[None]).logits[0, :-1].double().softmax(-1) for m in (model, other))
-        total, count = total + (p * (p / q).log()).sum().item(), count + len(p)
-    assert ev.drift(other, model, texts) == pytest.approx(total / count, rel=1e-3) and total > 0
-    assert train_math.Probe(model, texts, positions=400)(other) == pytest.approx(
-        total / count, rel=1e-3
-    )
-    monkeypatch.setattr(ev, "LOGITS", 5 * model.config.vocab_size)
-    assert ev.drift(other, model, texts) == pytest.approx(total / count, rel=1e-3)
-    assert len(train_math.Probe(model, texts, positions=3 * len(texts)).before) == 3 * len(
-        texts
-    )  # as many of each
+    texts = [torch.tensor(tokenizer(text)["input_ids"])
+             for text in ("12 + 7 = 19\n", "Q: what is 4 + 4?\nA: 8\nQ: ")]
+    kl, positions = [], 3 * len(texts)
+    for text in texts:
+        p, q = (m(text[None]).logits[0, :-1].double().softmax(-1) for m in (model, other))
+        kl.append((p * (p / q).log()).sum(-1))
+    wanted = pytest.approx(torch.cat(kl).mean().item(), rel=1e-3)
+    for limit in (ev.LOGITS, 5 * model.config.vocab_size):
+        monkeypatch.setattr(ev, "LOGITS", limit)
+        assert ev.drift(other, model, texts) == wanted
+    assert train_math.Probe(model, texts, positions=400)(other) == wanted
+    assert len(train_math.Probe(model, texts, positions).before) == positions
+
+
+def test_greedy_is_the_argmax_whatever_the_checkpoint_sets_and_stops_at_its_end(tiny, monkeypatch):
+    model, tokenizer = tiny
+    prompts, plain = ["Question: what is 12 + 7\nAnswer:", "3 + 3 ="], model.generation_config
+    odd = dict(num_beams=3, no_repeat_ngram_size=1, repetition_penalty=9.0, do_sample=True)
+    monkeypatch.setattr(model, "generation_config", type(plain)(**{**plain.to_dict(), **odd}))
+    written = ev.greedy(model, tokenizer, prompts, 4)
+    for prompt, tokens in zip(prompts, written):
+        ids = tokenizer(prompt)["input_ids"]
+        for token in tokens:
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)
+    assert model.generation_config.num_beams == 3
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, written[0][1]]
+    assert ev.greedy(model, tokenizer, prompts[:1], 4)[0] == written[0][:2]
 
 
 def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
     """Against the definition: every token of an answer is the argmax given all before it."""
     model, tokenizer = tiny
-    rows = [
-        {"question": q, "answers": a}
-        for q, a in (
-            ("what is 12 + 7", ["19", "20"]),
-            ("what is 12 + 7", ["x"]),
-            ("what does one say", ["A: 1", "b"]),
-        )
-    ]
+    pairs = [("what is 12 + 7", ["19", "20"]), ("what is 12 + 7", ["x"]), ("say", ["A: 1", "b"])]
+    own = ev.greedy(model, tokenizer, [f"Question: {pairs[0][0]}\nAnswer:"], 3)[0]
+    pairs[0][1].append(tokenizer.decode(own).strip())
     literal = []
-    for row in rows:
-        prompt, greedy = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"], False
-        rows_own = tokenizer.decode(
-            ev.greedy(model, tokenizer, [f"Question: {row['question']}\nAnswer:"], 3)[0]
-        )
-        row["answers"] = row["answers"] + ([rows_own.strip()] if row is rows[0] else [])
-        for answer in ev.shortest_prefixes(row["answers"]):
-            ids = torch.tensor(
-                tokenizer(f"Question: {row['question']}\nAnswer: {answer}")["input_ids"]
-            )
-            greedy |= bool(
-                (
-                    model(ids[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
-                    == ids[len(prompt) :]
-                ).all()
-            )
-        literal.append(float(greedy))
-    assert ev.score_webqs(model, tokenizer, rows, "x", "webqs") == literal
+    for question, answers in pairs:
+        prompt, likeliest = len(tokenizer(f"Question: {question}\nAnswer:")["input_ids"]), []
+        for answer in answers:
+            ids = torch.tensor(tokenizer(f"Question: {question}\nAnswer: {answer}")["input_ids"])
+            best = model(ids[None]).logits[0, prompt - 1:-1].argmax(-1)
+            likeliest.append(torch.equal(best, ids[prompt:]))
+        literal.append(any(likeliest))
+    assert ev.score_webqs(model, tokenizer, pairs, "webqs") == literal and any(literal)
 
 
 def test_summary_rows():
-    before, after = (
-        {"gsm8k": 10.0, "nq_open": 20.0, "webqs": 30.0, "drift": 0.0},
-        {"gsm8k": 40.0, "nq_open": 15.0, "webqs": 25.0, "drift": 0.1},
-    )
-    assert ev.summarise(after, before) == {
-        "Avg1": 20.0,
-        "Avg1(%)": 80.0,
-        "Avg2": 40.0,
-        "GM": pytest.approx(math.sqrt(800)),
-    }
-    assert "drift" in ev.table({"untouched": before, "folora": after}) and "Avg1(%)" in ev.table(
-        {"untouched": before, "folora": after}
-    )
-    assert "Avg1(%)" not in ev.table({"folora": after}) and "Avg1(%)" not in ev.summarise(
-        after, {**before, "nq_open": 0.0, "webqs": 0.0}
-    )
+    before = {"gsm8k": 10.0, "nq_open": 20.0, "webqs": 30.0, "drift": 0.0}
+    after = {"gsm8k": 40.0, "nq_open": 15.0, "webqs": 25.0, "drift": 0.1}
+    wanted = {"Avg1": 20.0, "Avg1(%)": 80.0, "Avg2": 40.0, "GM": pytest.approx(math.sqrt(800))}
+    assert ev.summarise(after, before) == wanted
+    assert "Avg1(%)" not in ev.summarise(after, {**before, "nq_open": 0.0, "webqs": 0.0})
+    printed = ev.table({"untouched": before, "folora": after})
+    assert "drift" in printed and "Avg1(%)" in printed
+    assert "Avg1(%)" not in ev.table({"folora": after})
 
 
-def test_the_harness_scores_a_local_task_into_the_same_table(tmp_path, capsys, monkeypatch):
-    """tiny's facts as a task of one's own: the built-in score, and in Avg1 like the others."""
-    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13 for --harness")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/world.yaml").write_text(f"""
-task: world
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {HERE / "tiny/facts.jsonl"}}}}}
-output_type: generate_until
-validation_split: validation
-description: "Answer these questions:\\n\\n"
-doc_to_text: "Q: {{{{question}}}}?\\nA:"
-doc_to_target: "{{{{answer[0]}}}}"
-generation_kwargs: {{until: ["\\n", ".", ","], do_sample: false, max_gen_toks: 64}}
-filter_list:
-  - {{name: strip, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}
-metric_list: [{{metric: exact_match, ignore_case: true, ignore_punctuation: true}}]
-""")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "eval.py",
-            "tiny",
-            "--tasks",
-            "facts,sums",
-            "--harness",
-            f"{tmp_path}/tasks/world",
-            "--limit",
-            "8",
-        ],
-    )
-    ev.main()
-    row = {
-        line.split()[0]: float(line.split()[-1])
-        for line in capsys.readouterr().out.splitlines()
-        if len(line.split()) > 1
-    }
-    assert row["world"] == row["facts"] > 0 and row["Avg1"] == pytest.approx(
-        (row["world"] + row["facts"] + row["sums"]) / 3, abs=0.01
-    )
-    with pytest.raises(SystemExit, match="lm-eval has no task nothing_of_the_kind"):
-        ev.harness_tasks("nothing_of_the_kind")
-
-
-def test_the_harness_is_asked_for_by_its_install_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(SystemExit, match="pip install lm-eval"):
-        ev.harness_tasks("mmlu")
-
-
-def test_one_score_of_a_harness_result():
-    assert (
-        ev.harness_score(
-            {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}
-        )
-        == 25
-    )
-    assert (
-        ev.harness_score(
-            {
-                "exact,none": 10.0,
-                "HasAns_exact,none": 20.0,
-                "NoAns_exact,none": 5.0,
-                "sample_len": 7,
-            }
-        )
-        == 20
-    )
-    assert (
-        ev.harness_score(
-            {
-                "prompt_level_loose_acc,none": 0.5,
-                "inst_level_strict_acc,none": 0.6,
-                "prompt_level_strict_acc,none": 0.4,
-            }
-        )
-        == 40
-    )
-    assert ev.harness_score({"pass@1,create_test": 0.1}) == 10
-    assert (
-        ev.role("mmlu") == "preserve"
-        and ev.role("humaneval") == ev.role("gsm8k") == "target"
-        and ev.role("GM") == ""
-    )
+def test_each_process_has_its_share(monkeypatch):
+    assert ev.process() == (0, 1) and ev.share([1, 2, 3]) == [1, 2, 3] and ev.mean(3, 2) == 1.5
+    monkeypatch.setattr(ev, "process", lambda: (1, 2))
+    assert ev.share([1, 2, 3, 4]) == [2, 4]
 
 
 def changed(folder, change):
@@ -1181,198 +1077,201 @@ def changed(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def test_without_torch_distributed_there_is_one_process():
-    assert ev.process() == (0, 1)
-    assert ev.share([1, 2, 3]) == [1, 2, 3] and ev.mean(3, 2) == 1.5
-
-
-def test_each_process_has_its_share(monkeypatch):
-    monkeypatch.setattr(ev, "process", lambda: (1, 2))
-    assert ev.share([1, 2, 3, 4]) == [2, 4]
-
-
-def test_given_texts_are_the_texts_of_the_first_rows(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n{"question": "b"}\n{"text": "c"}\n')
-    assert ev.given_texts(str(path), 2) == ["a", "b"]
-
-
-@pytest.mark.parametrize("row", ['{"text": 5}', '{"text": ["a"]}', '{"b": "a"}', '{"text": ""}'])
-def test_a_row_without_a_text_is_named(tmp_path, row):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n' + row + "\n")
-    with pytest.raises(SystemExit, match="a.jsonl, line 2: no field called text or question"):
-        ev.given_texts(str(path), None)
-
-
-def test_a_line_of_a_file_ends_at_a_line_feed_only(tmp_path):
-    path, rows = tmp_path / "a.jsonl", [{"text": "a\u2028b\u0085c\u000cd\x1ce"}, {"text": "é"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
-    assert ev.read_rows(str(path)) == rows
-    assert ev.read_rows(str(path), limit=1) == rows[:1]
-
-
-@pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text"', b"[1]", b"5", b'"a"', b"null"])
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(SystemExit, match="a.jsonl, line 2: not JSON") as stopped:
-        ev.read_rows(str(path))
-    assert "\n" not in stopped.value.code
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b" \n\r\n"])
-def test_a_file_without_rows_gets_one_line(tmp_path, content):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(SystemExit, match="a.jsonl: no rows"):
-        ev.read_rows(str(path))
-
-
-def test_a_missing_file_and_a_data_set_out_of_reach_get_one_line(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="a.jsonl: no such file"):
-        ev.read_rows(str(tmp_path / "a.jsonl"))
-
-    def fails(*args, **kwargs):
-        raise ConnectionError("no network\nand more")
-    monkeypatch.setattr(ev.datasets, "load_dataset", fails)
-    with pytest.raises(SystemExit, match="owner/data: .* no network$"):
-        ev.read_rows("owner/data")
-
-
-def test_greedy_ignores_the_checkpoints_penalties(tiny):
-    model, tokenizer = tiny
-    prompts = ["Question: what is 12 + 7\nAnswer:", "3 + 3 ="]
-    expected, plain = ev.greedy(model, tokenizer, prompts, 12), model.generation_config
-    options = dict(num_beams=3, no_repeat_ngram_size=1, repetition_penalty=9.0, min_p=0.1,
-                   do_sample=True, suppress_tokens=expected[0][:1])
-    model.generation_config = type(plain)(**{**plain.to_dict(), **options})
-    try:
-        assert ev.greedy(model, tokenizer, prompts, 12) == expected
-        assert model.generation_config.num_beams == 3
-    finally:
-        model.generation_config = plain
-
-
-def test_greedy_is_the_argmax_of_each_prompt_and_stops_at_the_models_own_end(tiny):
-    model, tokenizer = tiny
-    prompts, plain = ["Question: what is 12 + 7\nAnswer:", "3 + 3 ="], model.generation_config
-    written = ev.greedy(model, tokenizer, prompts, 4)
-    for prompt, tokens in zip(prompts, written):
-        ids = tokenizer(prompt)["input_ids"]
-        for token in tokens:
-            assert token == model(torch.tensor([ids])).logits[0, -1].argmax()
-            ids.append(token)
-    ends = [tokenizer.eos_token_id, written[0][1]]
-    model.generation_config = type(plain)(**{**plain.to_dict(), "eos_token_id": ends})
-    try:
-        assert ev.greedy(model, tokenizer, prompts[:1], 4)[0] == written[0][:2]
-    finally:
-        model.generation_config = plain
-
-
-def test_harness_names_have_a_score_of_their_own(monkeypatch):
-    """Against a task manager with lm-eval's attributes: a task, a tag, and two groups."""
-    index = {"task": SimpleNamespace(cfg={"task": "task"}), "tag": SimpleNamespace(cfg=None),
-             "scored": SimpleNamespace(cfg={"aggregate_metric_list": [{"metric": "acc"}]}),
-             "loose": SimpleNamespace(cfg={"group": "loose"})}
-    manager = SimpleNamespace(all_subtasks=["task"], all_groups=["scored", "loose"],
-                              all_tags=["tag"], all_tasks=sorted(index), task_index=index)
-    seen = []
-    manager_of = lambda include_path: seen.append(include_path) or manager
-    monkeypatch.setattr(ev, "lm_eval", lambda module: SimpleNamespace(TaskManager=manager_of))
-    assert ev.harness_tasks("own/task,scored") == (manager, ["task", "scored"])
-    assert seen == [["own"]]
-    for name in ("tag", "loose", "nothing"):
-        with pytest.raises(SystemExit, match=f"lm-eval has no task {name} with a score of its own"):
-            ev.harness_tasks(f"task,{name}")
-
-
-def test_lm_eval_has_the_attributes_that_harness_tasks_reads():
-    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13 for --harness")
-    assert ev.harness_tasks("truthfulqa_mc2,mmlu,ifeval,squadv2")[1][1] == "mmlu"
-    for name in ("gpqa", "truthfulqa", "openllm"):
-        with pytest.raises(SystemExit, match=f"no task {name} with a score of its own"):
-            ev.harness_tasks(name)
-
-
-def test_a_harness_name_is_refused_before_a_model_is_loaded(monkeypatch):
-    def refuses(names):
-        sys.exit(f"no task {names}")
-    monkeypatch.setattr(ev, "harness_tasks", refuses)
-    monkeypatch.setattr(ev, "load_model", None)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "tiny", "--tasks", "facts", "--harness", "gpqa"])
-    with pytest.raises(SystemExit, match="no task gpqa"):
-        ev.main()
-
-
-def test_tied_weights_are_not_missing(tiny):
-    assert tiny[0].get_output_embeddings().weight is tiny[0].get_input_embeddings().weight
-
-
-def drop(weights):
-    del weights["model.layers.1.mlp.up_proj.weight"]
-
-
-def add(weights):
-    weights["model.layers.9.mlp.up_proj.weight"] = torch.ones(2)
-
-
-def reshape(weights):
-    weights["model.norm.weight"] = torch.ones(5)
+    return folder
 
 
 @pytest.mark.parametrize("change, message", [
-    (drop, "missing_keys in the weights, such as model.layers.1.mlp.up_proj.weight"),
-    (add, "unexpected_keys in the weights, such as model.layers.9.mlp.up_proj.weight"),
-    (reshape, "mismatched_keys in the weights, such as .*model.norm.weight")])
+    (lambda weights: weights.pop("model.norm.weight"), "missing_keys .*such as model.norm.weight"),
+    (lambda weights: weights.update(x=torch.ones(2)), "unexpected_keys .*such as x"),
+    (lambda weights: weights.update({"model.norm.weight": torch.ones(5)}), "mismatched_keys"),
+    (None, "cannot load the model .*model: ")])
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
-    with pytest.raises(SystemExit, match=message) as stopped:
-        ev.load_model(changed(tmp_path / "model", change), CPU, torch.float32)
-    assert "\n" not in stopped.value.code
-
-
-def test_weights_that_cannot_be_read_get_one_line(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(ev.TINY, folder)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
-    with pytest.raises(SystemExit, match="cannot load the model") as stopped:
+    folder = changed(tmp_path / "model", change or (lambda weights: None))
+    if change is None:
+        os.truncate(folder / "model.safetensors", 999)
+    with pytest.raises(ev.UserError, match=message) as stopped:
         ev.load_model(str(folder), CPU, torch.float32)
-    assert "\n" not in stopped.value.code
+    assert "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize("error", [SystemExit("it is bad"), RuntimeError("it is bad")])
-def test_finished_columns_are_printed_before_a_failure(tmp_path, monkeypatch, capsys, error):
-    real, other = ev.load_model, shutil.copytree(ev.TINY, tmp_path / "other")
-
-    def load_model(name, *where):
-        if name == str(other):
-            raise error
-        return real(name, *where)
-    monkeypatch.setattr(ev, "load_model", load_model)
-    arguments = ["tiny", str(other), "--tasks", "facts", "--limit", "2"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
-    with pytest.raises(type(error), match="it is bad"):
-        ev.main()
-    printed = capsys.readouterr().out
-    assert "facts" in printed and "Avg1" in printed and "other" not in printed
+def peft_adapter(folder, seed=0, **options):
+    """A PEFT adapter of tiny with random weights, and the model as PEFT itself merges it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    model = ev.load_model("tiny", CPU, torch.float32)[0]
+    options |= dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, **options))
+    model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.save_pretrained(folder)
+    return model.merge_and_unload()
 
 
-def test_logits_that_change_after_the_output_layer_are_refused(monkeypatch):
-    from transformers import LlamaForCausalLM
-    real = LlamaForCausalLM.forward
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
+def test_an_adapter_is_added_as_peft_adds_it(tmp_path, options):
+    merged = peft_adapter(tmp_path, **options).state_dict()
+    ours, rounded = (ev.load_model(str(tmp_path), CPU, dtype)[0].state_dict()
+                     for dtype in (torch.float32, torch.bfloat16))
+    for name, weight in merged.items():                              # bfloat16: rounded only once
+        close(ours[name], weight, rtol=0, atol=1e-6)
+        assert (rounded[name] == weight.bfloat16()).float().mean() > 0.999
 
-    def capped(self, *args, **kwargs):
-        out = real(self, *args, **kwargs)
-        out.logits = 3 * torch.tanh(out.logits / 3)
-        return out
-    monkeypatch.setattr(LlamaForCausalLM, "forward", capped)
-    with pytest.raises(SystemExit, match="changes its logits after the output layer"):
-        ev.load_model("tiny", CPU, torch.float32)
+
+def test_an_adapter_with_more_than_lora_is_refused(tmp_path):
+    for number, options in enumerate([{"use_dora": True}, {"alpha_pattern": {"q_proj": 2}}]):
+        peft_adapter(tmp_path / str(number), **options)
+        with pytest.raises(ev.UserError, match=r"merge it with PEFT"):
+            ev.load_model(str(tmp_path / str(number)), CPU, torch.float32)
+
+
+def test_a_run_is_read_from_its_adapter_unless_it_is_merged(tmp_path):
+    wanted, run = peft_adapter(tmp_path / "adapter").state_dict(), str(tmp_path)
+    with pytest.raises(ev.UserError, match="nor a finished run"):
+        ev.resolve_model(run)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"options": {"model": "tiny"}}')
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"tiny"', '"/moved/away"'))
+    assert ev.base_of(run) == "tiny" and ev.resolve_model(run) == str(ev.TINY)
+    close(ev.load_model(run, CPU, torch.float32)[0].state_dict(), wanted)
+    shutil.copytree(ev.TINY, tmp_path / "merged")
+    assert ev.adapter_of(run) is None and ev.resolve_model(run) == str(tmp_path / "merged")
+    assert ev.base_of(run) == "tiny" and ev.base_of("tiny") is None
+
+
+@pytest.mark.parametrize("error, status", [
+    (ev.UserError("it is so"), 2), (OSError(28, "it is so"), 2), (KeyboardInterrupt("it is so"), 2),
+    (MemoryError("it is so"), 2), (torch.OutOfMemoryError("it is so\nmore"), 2),
+    (RuntimeError("[enforce fail at inline_container.cc:664] it is so"), 2),
+    (FloatingPointError("it is so"), 1), (ValueError("it is so"), None)])
+def test_what_the_user_can_mend_is_one_line(error, status, capsys):
+    @ev.one_line
+    def main(arguments=None):
+        bar = tqdm(total=3)                          # it is open and must not share the line
+        bar.update()
+        raise type(error)(*error.args)
+    with pytest.raises(SystemExit if status else type(error), match=str(status or "it is so")):
+        main()
+    last = capsys.readouterr().err.split("\n")[-2]
+    assert (last.endswith("it is so") and "%" not in last) == bool(status)
+
+
+def test_what_folora_raises_itself_is_the_users(capsys):
+    with pytest.raises(SystemExit):
+        ev.one_line(lambda arguments: folora.spectral_gate(torch.ones(1), -1.0, 0.0))()
+    assert "lam must be > 0" in capsys.readouterr().err
+    with pytest.raises(TypeError):                                   # a mistake of ours in there
+        ev.one_line(lambda arguments: folora.spectral_gate("gamma", 1.0, 0.0))()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--limit 0", "--limit must be at least 1"), ("--tasks=", "nothing to score"),
+    ("--device tpu", "--device tpu: it is cpu, cuda or"), ("runs/none", "runs/none: no such dir"),
+    ("--tasks facts=none.jsonl", "none.jsonl: no such file"), ("--tasks sing", "unknown task sing"),
+    ("--harness mmlu", "pip install lm-eval"), ("--dtype int8", "invalid choice")])
+def test_a_bad_command_ends_before_a_model_is_loaded(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "load_model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(SystemExit, match="2"):
+        ev.main(["tiny", *arguments.split()])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
+    import huggingface_hub
+    for module in (huggingface_hub.constants, ev.datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    ev.reach_hub.__wrapped__()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and ev.datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(ev.UserError, match="Couldn't reach 'owner/data'"):
+        ev.read_rows("owner/data")
+    with pytest.raises(ev.UserError, match="cannot load the model owner/name: [^\n]*$"):
+        ev.load_model("owner/name", CPU, torch.float32)
+
+
+def test_json_is_written_in_one_piece(tmp_path):
+    ev.write_json({"a": 1}, tmp_path / "x.json")
+    with pytest.raises(TypeError):
+        ev.write_json({"a": CPU}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_finished_columns_are_printed_before_a_failure(tmp_path, capsys):
+    folder = changed(tmp_path / "other", lambda weights: weights.pop("model.norm.weight"))
+    with pytest.raises(SystemExit):
+        ev.main(["tiny", str(folder), "--tasks", "facts", "--limit", "2"])
+    out, err = capsys.readouterr()
+    assert "facts" in out and "Avg1" in out and "other" not in out
+    assert "missing_keys" in err.splitlines()[-1]
+
+
+def stub_lm_eval(monkeypatch, load=None):
+    """A task manager with lm-eval 0.4.13's attributes, for a task, a tag, and two groups."""
+    groups = {"loose": {}, "scored": {"aggregate_metric_list": [{"metric": "acc"}]}}
+    manager = SimpleNamespace(
+        all_subtasks=["task", "mbpp"], all_groups=list(groups), load=load or (lambda names: {}),
+        task_index={name: SimpleNamespace(cfg=cfg) for name, cfg in groups.items()})
+    make = lambda **options: vars(manager).update(options) or manager
+    monkeypatch.setattr(ev, "lm_eval", lambda module: SimpleNamespace(TaskManager=make))
+    monkeypatch.setattr(ev, "reach_hub", lambda: None)
+
+
+def test_harness_names_are_checked_before_anything_runs(monkeypatch):
+    stub_lm_eval(monkeypatch)
+    manager, names = ev.harness_tasks("own/task,scored", {"max_seq_lengths": "4k"})
+    assert names == ["task", "scored"] and manager.include_path == ["own"]
+    assert manager.metadata == {"max_seq_lengths": "4k"}
+    for name in ("tag", "loose", "nothing"):
+        with pytest.raises(ev.UserError, match=f"no task {name} with a score of its own"):
+            ev.harness_tasks(f"task,{name}")
+    with pytest.raises(ev.UserError, match="mbpp runs code .* set HF_ALLOW_CODE_EVAL=1"):
+        ev.harness_tasks("task,mbpp")
+
+    def load(names):
+        raise ModuleNotFoundError("No module named 'langdetect'")
+    stub_lm_eval(monkeypatch, load)
+    with pytest.raises(ev.UserError, match=r"cannot load task .*lm-eval\[ifeval.*langdetect"):
+        ev.harness_tasks("task")
+
+
+def test_lm_eval_is_as_the_stub_says():
+    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13")
+    manager = tasks.TaskManager(include_path=None, metadata={"max_seq_lengths": "4k"})
+    assert {"truthfulqa_mc2", "ifeval", "squadv2"} <= set(manager.all_subtasks)
+    assert manager.task_index["babilong_longctx"].cfg["aggregate_metric_list"] and manager.load
+    assert {"gpqa", "truthfulqa"} <= set(manager.all_tags)
+    assert not {"gpqa", "truthfulqa"} & {*manager.all_subtasks, *manager.all_groups}
+
+
+def test_the_harness_scores_a_local_task_into_the_same_table(tmp_path, capsys):
+    """tiny's facts as a task of one's own: the built-in score, and in Avg1 like the others."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13 for --harness")
+    (tmp_path / "world.yaml").write_text(json.dumps({            # JSON is YAML
+        "task": "world", "dataset_path": "json", "output_type": "generate_until",
+        "dataset_kwargs": {"data_files": {"validation": f"{HERE}/tiny/facts.jsonl"}},
+        "validation_split": "validation", "description": "Answer these questions:\n\n",
+        "doc_to_text": "Q: {{question}}?\nA:", "doc_to_target": "{{answer[0]}}",
+        "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 64},
+        "filter_list": [{"name": "strip", "filter": [{"function": "remove_whitespace"},
+                                                     {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", "ignore_case": True}]}))
+    ev.main(["tiny", "--tasks", "facts,sums", "--harness", f"{tmp_path}/world", "--limit", "8"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()]
+    row = {words[0]: float(words[-1]) for words in lines}
+    assert row["world"] == row["facts"] > 0
+    assert row["Avg1"] == pytest.approx((2 * row["facts"] + row["sums"]) / 3, abs=0.01)
+
+
+def test_one_score_of_a_harness_result():
+    for score, result in [
+            (25, {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}),
+            (20, {"exact,none": 10.0, "HasAns_exact,none": 20.0, "sample_len": 7}),
+            (40, {"prompt_level_loose_acc,none": 0.5, "prompt_level_strict_acc,none": 0.4}),
+            (10, {"pass@1,create_test": 0.1})]:
+        assert ev.harness_score(result) == score
+    roles = {"mmlu": "preserve", "humaneval": "target", "gsm8k": "target", "GM": ""}
+    assert {row: ev.role(row) for row in roles} == roles
 
 
 # ---- the baselines -------------------------------------------------------------------------------
@@ -1939,7 +1838,7 @@ def test_what_is_fresh_has_chosen_nothing(experiments, tmp_path):
     options = SimpleNamespace(model="tiny", data=str(ev.TINY / "train.jsonl"), nq=None, webqs=None,
                               test=str(tmp_path / "test.jsonl"))
     suite = experiments.real_suite("fresh", options)[:-1] + (f"nll={options.test}",)
-    rows = [int(row["question"]) for row in experiments.loaded(suite, True)[3]["nll"][0]]
+    rows = [int(question) for question, _ in experiments.loaded(suite, True)[3]["nll"]]
     searched = train_math.parse_options(experiments.SUITES["smollm2"].split()).eval_samples
     assert min(rows) == searched and len(rows) == 128
     seeds = [{w[3] for w in experiments.wanted(name)} for name in ("smollm2", "fresh")]
@@ -1950,7 +1849,8 @@ def test_what_is_fresh_has_chosen_nothing(experiments, tmp_path):
 @pytest.mark.parametrize("row", [{"question": "who", "answer": ["Tom", "T"]},
                                  {"question": "who", "answers": ["Tom"]}])
 def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny, row):
-    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", row)
+    pair, = ev.to_questions([row], "questions")
+    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", *pair)
     labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
     assert tiny[1].decode(labelled) == " Tom"
     assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"

@@ -98,20 +98,19 @@ def loaded(suite, fresh):
     options = options_of(suite, [], 0)
     model, tokenizer, examples, tasks = train_math.load(options)
     if fresh:
-        rows, source = tasks["nll"]
-        tasks["nll"] = rows[FRESH_TEST], source
-    answers = {name: [with_answer(tokenizer, form, row) for row in tasks.pop(name)[0]]
+        tasks["nll"] = tasks["nll"][FRESH_TEST]
+    answers = {name: [with_answer(tokenizer, form, *pair) for pair in tasks.pop(name)]
                for name, form in QUESTIONS.items() if name in tasks}
     texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens),
                         **(FRESH_TEXT if fresh else {}))
     return model, tokenizer, examples, tasks, texts, answers
 
 
-def with_answer(tokenizer, form, row):
+def with_answer(tokenizer, form, question, answers):
     """{"ids", "labels"} of a question and its first answer, which bears the loss. A small model has
     almost no exact answer to lose, but the loss of the right answers can rise."""
-    question, answer = form.format(row["question"]), ev.answers_of(row, "questions", 0)[0]
-    prompt, ids = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answer}"))
+    question = form.format(question)
+    prompt, ids = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answers[0]}"))
     return {"ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
 
 
