@@ -20,6 +20,7 @@ The rows below are Avg1, the mean preservation score; Avg1(%), relative to the f
 the mean target score; GM, the root of Avg1 times Avg2. train_math.py shares what this file holds.
 """
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -63,14 +64,57 @@ HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
 
 
+class UserError(Exception):
+    """A mistake that the user can mend, in one line."""
+
+
 def need(condition, message):
     if not condition:
-        sys.exit(message)
+        raise UserError(message)
 
 
 def refuse(what, error):
     """End with the first line of an error. The hub alone raises a dozen types."""
-    sys.exit(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+    raise UserError(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+
+
+def what_to_say(error):
+    """The line for an error that is the user's, or None if it is our own."""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    from_folora = Path(frame.tb_frame.f_code.co_filename) == Path(folora.__file__)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: the same command goes on"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out of memory: lower --micro-batch-size, then --max-length or --rank"
+    if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
+        return f"a file cannot be written: {error}"
+    user = isinstance(error, (UserError, OSError, FloatingPointError))
+    if user or from_folora and isinstance(error, (ValueError, RuntimeError)):
+        return str(error)
+
+
+def one_line(main):
+    """The script's main. What is the user's to mend ends in one line."""
+    @functools.wraps(main)
+    def run(arguments=None):
+        try:
+            return main(arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            line = what_to_say(error)
+            if line is None:
+                raise
+            tqdm.write((line.splitlines() or [repr(error)])[0], file=sys.stderr)
+            sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    return run
+
+
+def write_json(value, path):
+    """Write under another name and rename, so that no interruption leaves half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -89,7 +133,8 @@ def resolve_model(name):
     """The directory or hub id with the weights of a MODEL."""
     path = TINY if name == "tiny" else Path(name)
     if path.exists():
-        path = path / "merged" if run_options(path) else path
+        if run_options(path):
+            path = path / ("merged" if (path / "merged").exists() else "adapter")
         need((path / "tokenizer_config.json").exists(),
              f"{name}: neither a checkpoint nor a finished run (one that was interrupted?)")
         return str(path)
@@ -114,6 +159,19 @@ def pick_device(device, dtype):
 def load_model(name, device, dtype):
     """(model, tokenizer), ready for inference."""
     where = resolve_model(name)
+    adapter = Path(where) / "adapter_config.json"
+    if adapter.exists():
+        from safetensors.torch import load_file
+        config = json.loads(adapter.read_text())
+        base = run_options(name).get("model") or config["base_model_name_or_path"]
+        model, tokenizer = load_model(base, device, dtype)
+        weights = load_file(Path(where) / "adapter_model.safetensors")
+        for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+            layer = model.get_submodule(key[len("base_model.model."):-len(".lora_A.weight")])
+            B, A = weights[key.replace("lora_A", "lora_B")].to(device), weights[key].to(device)
+            total = layer.weight.float() + config["lora_alpha"] / config["r"] * B @ A
+            layer.weight.copy_(total.to(dtype))
+        return model, tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -464,7 +522,7 @@ def lm_eval(module):
     try:
         return importlib.import_module(f"lm_eval.{module}")
     except ImportError:
-        sys.exit("--harness and the task math need lm-eval: pip install lm-eval==0.4.13")
+        raise UserError("--harness and the task math need lm-eval: pip install lm-eval==0.4.13")
 
 
 def harness_tasks(names):
@@ -537,7 +595,8 @@ def table(columns):
     return "\n".join(lines)
 
 
-def main():
+@one_line
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -550,7 +609,7 @@ def main():
     add("--max-new-tokens", type=int, help="length of drift's text (default: the run's, else 256)")
     add("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
     add("--device", default="auto", help="cpu, cuda, or auto: cuda if there is one (default auto)")
-    options, columns, loaded = parser.parse_args(), {}, None
+    options, columns, loaded = parser.parse_args(arguments), {}, None
     need(options.limit is None or options.limit > 0, "--limit must be at least 1")
     need(options.tasks != "" or options.harness, "nothing to score: give --tasks or --harness")
     for name in options.models:

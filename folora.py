@@ -366,6 +366,7 @@ class LoRALinear(nn.Module):
         elif B0 is None:
             B0 = W0 @ A0.to(W0).mT / self.scaling               # κ⁻¹ W0 U_perp: (d_out, r)
         self.lora_A, self.lora_B = (nn.Parameter(t.to(W0).clone()) for t in (A0, B0))
+        self.start = (A0.cpu(), B0.cpu()) if B0.any() else None
         if B0.any():
             self._set(W0 - self.scaling * self.lora_B.detach() @ self.lora_A.detach())
 
@@ -480,6 +481,30 @@ def merge(model):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
     return model
+
+
+def save_adapter(model, directory):
+    """A stub of the real one: PEFT's format, the difference to the untouched base."""
+    import json
+    import os
+    from safetensors.torch import save_file
+    os.makedirs(directory, exist_ok=True)
+    weights, names = {}, []
+    for name, m in model.named_modules():
+        if isinstance(m, LoRALinear):
+            A, B = m.lora_A.detach().cpu(), m.lora_B.detach().cpu()
+            if m.start:
+                A, B = torch.cat([A, m.start[0]]), torch.cat([B, -m.start[1]], 1)
+            weights[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
+            weights[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
+            names.append(name)
+            scaling = m.scaling
+    r = len(A)
+    save_file(weights, os.path.join(directory, "adapter_model.safetensors"))
+    config = dict(peft_type="LORA", r=r, lora_alpha=scaling * r, target_modules=names,
+                  base_model_name_or_path=model.name_or_path, task_type="CAUSAL_LM")
+    with open(os.path.join(directory, "adapter_config.json"), "w") as file:
+        json.dump(config, file)
 
 
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
