@@ -20,13 +20,13 @@ A line of metrics.jsonl:
 """
 import argparse
 import fcntl
+import functools
 import json
 import math
 import os
 import pickle
 import sys
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,6 +50,7 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=32
             micro_batch_size=8, max_length=256, calibration_samples=256, calibration_max_tokens=224,
             passes=1, eval_samples=200, compare="lora")
 TINY_LR = {"tuned": 1.2e-2, "paper": 6e-3}
+LORA_LR = {True: 4e-3, False: 1e-3}      # of plain LoRA, for tiny and for other models
 RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "compare"}
 FOLORA_ONLY = {"preset", "compare", "lam", "s_min", "basis_rank", "zero_start", "tau", "passes",
                "calibration", "calibration_samples", "calibration_model", "task_samples"}
@@ -113,11 +114,6 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--out", str, None, "the run's directory; none: runs/<model>-<method>-<time> [ours]")]
 
 
-def lora_lr(model):
-    """A good learning rate of plain LoRA, whatever FoLoRA's is."""
-    return 4e-3 if ev.is_tiny(model) else 1e-3
-
-
 def parse_options(arguments=None, strict=False):
     """What the command line says, else what tiny says, else the preset, else the default. If
     `strict`, an option that the method ignores is refused."""
@@ -125,9 +121,10 @@ def parse_options(arguments=None, strict=False):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         epilog=f"--preset sets {PRESETS}\n--model tiny sets {TINY}, learning rates {TINY_LR}")
+    parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        parser.add_argument(flag, help=f"{text} (default {default or 'below'})", **how)
+        parser.add_argument(flag, help=f"{text} ({'see below' if default is None else default})", **how)
     given = vars(parser.parse_args(arguments))
     options = {flag[2:].replace("-", "_"): default for flag, _, default, _ in OPTIONS} | given
     model, method, preset = (options[name] for name in ("model", "method", "preset"))
@@ -136,7 +133,7 @@ def parse_options(arguments=None, strict=False):
     if ev.is_tiny(model):
         options |= {**TINY, "lr": TINY_LR[preset]}
     if method == "lora":
-        options |= {"lr": lora_lr(model), "compare": "no"}
+        options |= {"lr": LORA_LR[ev.is_tiny(model)], "compare": "no"}
     options = argparse.Namespace(**options | given)
     useless = sorted(FOLORA_ONLY & given.keys()) if method == "lora" and strict else []
     if useless:
@@ -159,11 +156,13 @@ def resolve(options):
 # ---- the run's directory -------------------------------------------------------------------------
 
 def check_run(options):
-    """One clear line if the run's directory cannot be made or belongs to something else."""
+    """One clear line if the run's directory cannot be made, is in use, or belongs to another."""
     out = Path(options.out)
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     ev.need(parent.is_dir() and os.access(parent, os.W_OK), f"--out {out} cannot be made: {parent} "
             "is a file or may not be written to")
+    if out.exists() and ev.process()[0] == 0:
+        lock(out)
     others = [path.name for path in out.glob("*") if path.suffix != ".part"]
     if not others:
         return
@@ -178,30 +177,27 @@ def check_run(options):
             "resume it, or another --out")
 
 
-@contextmanager
-def locked(out):
-    """Keep a second process out of the run's directory. A lock ends with its process."""
-    if ev.process()[0] or not out.exists():
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
+@functools.cache
+def handle(out):
+    return os.open(out, os.O_RDONLY)
+
+
+def lock(out):
+    """Keep other processes out of the run's directory for as long as this process lives."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        fcntl.flock(handle(out), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ev.UserError(f"{out}: another process is at work on this run") from None
-    finally:
-        os.close(handle)
 
 
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    if path.suffix == ".pt":
-        torch.save(value, part)
-    else:
-        lines = value if path.suffix == ".jsonl" else [value]
-        part.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    part, lines = path.with_name(f"{path.name}.part"), value if path.suffix == ".jsonl" else [value]
+    with part.open("wb") as file:                    # given a file, torch.save raises an OSError
+        if path.suffix == ".pt":
+            torch.save(value, file)
+        else:
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
     part.replace(path)
 
 
@@ -287,16 +283,6 @@ def calibration_texts(options, model, tokenizer):
     return sum(shares, [])
 
 
-def warn_of_thin(texts, targets):
-    """Say so if the texts cannot tell what must not be forgotten."""
-    tokens, widest = sum(map(len, texts)), max(layer.in_features for layer in targets.values())
-    if tokens < 2 * widest:
-        tqdm.write(f"warning: {tokens} calibration tokens for layers of width {widest}; at least "
-                   "twice as many are needed: raise --calibration-samples", sys.stderr)
-    if len({tuple(text) for text in texts}) == 1:
-        tqdm.write("warning: all calibration texts are alike", sys.stderr)
-
-
 def covariances(options, model, sequences, name, targets=folora.TARGET_MODULES):
     """Covariances over token lists, with a bar; for C_pre and C_task alike."""
     batches = ev.by_length(ev.share(sequences), options.micro_batch_size)
@@ -308,9 +294,11 @@ def covariances(options, model, sequences, name, targets=folora.TARGET_MODULES):
 
 def solve(options, model, texts, examples):
     """FoLoRA's bases, on the host: folora.prepare in --passes parts, to hold fewer covariances."""
-    targets = folora.find_targets(model, targets_of(options, model))
-    warn_of_thin(texts, targets)
-    names, bases = list(targets), []
+    targets, tokens = folora.find_targets(model, targets_of(options, model)), sum(map(len, texts))
+    names, bases, widest = list(targets), [], max(m.in_features for m in targets.values())
+    if tokens < 2 * widest or len(set(map(tuple, texts))) == 1:
+        tqdm.write(f"warning: {len(texts)} calibration texts, {tokens} tokens. Use texts that "
+                   f"differ, and at least {2 * widest} tokens (--calibration-samples)", sys.stderr)
     size = -(-len(names) // options.passes)                          # neighbours share an input
     task = [example["ids"] for example in examples[:options.task_samples]]
     for some in (names[i:i + size] for i in range(0, len(names), size)):
@@ -495,20 +483,18 @@ def stages(options, model, tokenizer, examples, tasks, before):
 def run(options, before=None):
     """One method, all stages: {"untouched": its scores, or `before`, method: scores}. summary.json
     is what makes a run finished; what only a resumed run needs goes after it."""
-    out = Path(options.out)
+    out, first = Path(options.out), ev.process()[0] == 0
     if not (out / "summary.json").exists():
         loaded = load(options)
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
-            if ev.process()[0] == 0:
-                check_run(options)                   # another run may have been faster
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            check_run(options)                       # another run may have been faster
+            if not (out / "config.json").exists():
                 versions = {m.__name__: m.__version__ for m in (torch, transformers)}
-                config = {"options": vars(options), "versions": versions}
-                if not (out / "config.json").exists():
-                    save(config, out / "config.json")
-            scores = stages(options, *loaded, before)
-            if ev.process()[0] == 0:
-                save({"scores": scores}, out / "summary.json")
+                save({"options": vars(options), "versions": versions}, out / "config.json")
+        scores = stages(options, *loaded, before)
+        if first:
+            save({"scores": scores}, out / "summary.json")
     wait_for_all()
     scores = read(out / "summary.json")["scores"]
     for name in STAGES:
@@ -524,15 +510,13 @@ def main(arguments=None):
         start_processes(options)
     runs = [options]
     if options.compare == "lora":
-        other = {"method": "lora", "lr": lora_lr(options.model), "out": f"{options.out}/lora"}
-        runs.append(argparse.Namespace(**vars(options) | other))
+        lr, out = LORA_LR[ev.is_tiny(options.model)], f"{options.out}/lora"
+        runs.append(argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out)))
     for each in runs:                                # before the first has run for hours
         resolve(each)
-        with locked(Path(each.out)):
-            check_run(each)
+        check_run(each)
     if ev.process()[0] == 0:
-        tqdm.write(f"{options.out}: if interrupted, the same command with --out {options.out} "
-                   "goes on", sys.stderr)
+        print(f"{options.out}: the same command with this --out resumes an interrupted run")
     for each in runs:
         scores |= run(each, scores.get("untouched"))
     if ev.process()[0] == 0:

@@ -108,10 +108,10 @@ def kill_and_resume(moment, out, arguments=ARGUMENTS):
 
 
 def soak(folder, steps=2000, kills=20, every=50):
-    """Kill a run at random moments; (result, MB of disk, MB of memory at each end)."""
+    """Kill a run at random moments. Neither its result nor its use of disk and memory may change."""
     out, disk, memory = folder / "killed", [], []
-    arguments = [*ARGUMENTS, "--max-steps", str(steps), "--log-every", str(every), "--out", str(out)]
-    log = out / "metrics.jsonl"
+    arguments = [*ARGUMENTS, "--max-steps", str(steps), "--log-every", str(every)]
+    arguments, log = [*arguments, "--out", str(out)], out / "metrics.jsonl"
     for kill in range(1, kills + 1):
         pid, target = start(arguments), kill * steps // (kills + 1) + random.randrange(every)
         while not log.exists() or log.read_text().count("\n") < min(target, steps - 1):
