@@ -124,7 +124,8 @@ def parse_options(arguments=None, strict=False):
     parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        parser.add_argument(flag, help=f"{text} ({'see below' if default is None else default})", **how)
+        shown = "see below" if default is None else default
+        parser.add_argument(flag, help=f"{text} ({shown})", **how)
     given = vars(parser.parse_args(arguments))
     options = {flag[2:].replace("-", "_"): default for flag, _, default, _ in OPTIONS} | given
     model, method, preset = (options[name] for name in ("model", "method", "preset"))
@@ -193,11 +194,13 @@ def lock(out):
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part, lines = path.with_name(f"{path.name}.part"), value if path.suffix == ".jsonl" else [value]
-    with part.open("wb") as file:                    # given a file, torch.save raises an OSError
+    try:
         if path.suffix == ".pt":
-            torch.save(value, file)
+            torch.save(value, part)
         else:
-            file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            part.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    except RuntimeError as error:                    # torch.save's, where others raise an OSError
+        raise OSError(f"{part} cannot be written: is the disk full? ({error})") from None
     part.replace(path)
 
 

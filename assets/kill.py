@@ -108,7 +108,7 @@ def kill_and_resume(moment, out, arguments=ARGUMENTS):
 
 
 def soak(folder, steps=2000, kills=20, every=50):
-    """Kill a run at random moments. Neither its result nor its use of disk and memory may change."""
+    """Kill a run at random moments. Its result, its disk and its memory must not change."""
     out, disk, memory = folder / "killed", [], []
     arguments = [*ARGUMENTS, "--max-steps", str(steps), "--log-every", str(every)]
     arguments, log = [*arguments, "--out", str(out)], out / "metrics.jsonl"
