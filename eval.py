@@ -4,11 +4,11 @@
     python eval.py Qwen2.5-1.5B runs/mine --tasks gsm8k,nq_open,webqs,triviaqa,drift --limit 500
 
 This prints a table with one column per model and one row per task. A model is a run directory of
-train_math.py, a checkpoint directory, a hub id, or a short name (Qwen2.5-1.5B). The data of a task
-comes from the hub, or from a file as in nq_open=dev.jsonl.
+train_math.py, a PEFT adapter's directory, a checkpoint directory, a hub id, or a short name
+(Qwen2.5-1.5B). The data of a task comes from the hub, or from a file as in nq_open=dev.jsonl.
 
-    gsm8k, math         target: the model answers greedily, and what follows "The answer is:" is
-                        compared, as in CorDA; math needs lm-eval
+    gsm8k               target: the model answers greedily, and the number after "The answer is:"
+                        is compared, as in CorDA
     nll                 the loss per token of GSM8K's reference solutions, in nat
     nq_open, triviaqa   preservation: exact match, by the prompts and rules of lm-eval 0.4.13
     webqs               preservation: 1 if an accepted answer is the greedy continuation, as lm-eval
@@ -27,12 +27,16 @@ import os
 import re
 import string
 import sys
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import datasets
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +51,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Each task has a role and a source: a hub id with configuration and split, or a file.
 TASKS = {
     "gsm8k": ("target", "openai/gsm8k", "main", "test"),
-    "math": ("target", "DigitalLearningGmbH/MATH-lighteval", "default", "test"),
     "nq_open": ("preserve", "google-research-datasets/nq_open", None, "validation"),
     "triviaqa": ("preserve", "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "webqs": ("preserve", "stanfordnlp/web_questions", None, "test"),
@@ -62,10 +65,15 @@ HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_
                   "em", "acc")
 # lm-eval's tasks that begin so count as target tasks, all others as preservation.
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
+# How torch and safetensors report a full disk or memory, for which they have no error types.
+FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error")
+CODE_ALLOWED = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
+
+# ---- errors and files ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one line."""
+    """A mistake that the user can mend. Its text is one line."""
 
 
 def need(condition, message):
@@ -73,48 +81,55 @@ def need(condition, message):
         raise UserError(message)
 
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def refuse(what, error):
-    """End with the first line of an error. The hub alone raises a dozen types."""
-    raise UserError(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+    """Raise UserError with the first line of an error. The hub alone raises a dozen types."""
+    raise UserError(f"{what}: {first_line(error)}") from error
 
 
-def what_to_say(error):
-    """The line for an error that is the user's, or None if it is our own."""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    from_folora = Path(frame.tb_frame.f_code.co_filename) == Path(folora.__file__)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted: the same command goes on"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "out of memory: lower --micro-batch-size, then --max-length or --rank"
-    if type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
-        return f"a file cannot be written: {error}"
-    user = isinstance(error, (UserError, OSError, FloatingPointError))
-    if user or from_folora and isinstance(error, (ValueError, RuntimeError)):
-        return str(error)
+def is_the_users(error):
+    """Whether the user can mend an error. That includes what folora.py raises by itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError,
+                               FloatingPointError, KeyboardInterrupt)) or FULL.search(str(error))
+            or last.filename == folora.__file__ and last.line.startswith("raise "))
 
 
 def one_line(main):
-    """The script's main. What is the user's to mend ends in one line."""
+    """Let main end in one line on stderr and exit status 2 if the user can mend the error, and in
+    status 1 if a run failed by itself (FloatingPointError). Other errors keep their traceback."""
     @functools.wraps(main)
-    def run(arguments=None):
+    def guarded(arguments=None):
         try:
             return main(arguments)
         except (Exception, KeyboardInterrupt) as error:
-            line = what_to_say(error)
-            if line is None:
+            if not is_the_users(error):
                 raise
-            tqdm.write((line.splitlines() or [repr(error)])[0], file=sys.stderr)
-            sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    return run
+            full = "is the disk full, or the memory? " if FULL.search(str(error)) else ""
+            text, status = first_line(error), 1 if isinstance(error, FloatingPointError) else 2
+        tqdm.write(full + text, file=sys.stderr)     # the bars of the failed main are closed by now
+        sys.exit(status)
+    return guarded
 
 
 def write_json(value, path):
-    """Write under another name and rename, so that no interruption leaves half a file."""
-    part = path.with_name(path.name + ".part")
+    """Write a file so that either the old or the new one is there, whenever this is interrupted."""
+    part = Path(f"{path}.part")
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
+
+
+@functools.cache
+def reach_hub():
+    """Ask once whether the hub can be reached. If not, its clients would repeat every request for
+    half a minute; in offline mode they use what has been downloaded before, or fail at once."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -129,14 +144,28 @@ def run_options(name):
     return json.loads((Path(name) / "config.json").read_text())["options"] if finished else {}
 
 
+def adapter_of(name):
+    """The directory of a MODEL's PEFT adapter, or None. Of a run it counts if nothing is merged."""
+    path = Path(name)
+    path = path / "adapter" if run_options(name) and not (path / "merged").exists() else path
+    return path if (path / "adapter_config.json").exists() else None
+
+
+def base_of(name):
+    """The model that a run or an adapter started from, or None."""
+    config = adapter_of(name) and json.loads((adapter_of(name) / "adapter_config.json").read_text())
+    return run_options(name).get("model") or config and config["base_model_name_or_path"]
+
+
 def resolve_model(name):
-    """The directory or hub id with the weights of a MODEL."""
+    """The directory or hub id with the weights of a MODEL, without its adapter if it has one."""
+    if adapter_of(name):
+        return resolve_model(base_of(name))
     path = TINY if name == "tiny" else Path(name)
     if path.exists():
-        if run_options(path):
-            path = path / ("merged" if (path / "merged").exists() else "adapter")
-        need((path / "tokenizer_config.json").exists(),
-             f"{name}: neither a checkpoint nor a finished run (one that was interrupted?)")
+        path = path / "merged" if run_options(path) else path
+        need((path / "tokenizer_config.json").exists(), f"{name}: neither a checkpoint, nor a PEFT "
+             "adapter, nor a finished run (one that was interrupted?)")
         return str(path)
     owner = "" if "/" in name else OWNERS.get(re.match("[A-Za-z]*", name)[0], "")
     need(re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", owner + name),
@@ -146,45 +175,52 @@ def resolve_model(name):
 
 def pick_device(device, dtype):
     """torch's device and dtype; auto: bfloat16 on a GPU if there is one, else float32 on a CPU."""
-    count = torch.cuda.device_count()
-    device = device.replace("auto", "cuda" if count else "cpu")
-    need(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:1")
-    need(device == "cpu" or int(device[5:] or 0) < count,
-         f"--device {device}: this torch sees {count or 'no'} CUDA GPU; use --device cpu")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    known = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    device = known[0] if device == "auto" else device
+    need(device in known, f"--device {device}: this torch sees {', '.join(known)}")
     dtype = dtype.replace("auto", "float32" if device == "cpu" else "bfloat16")
     return torch.device(device), DTYPES[dtype]
 
 
 @torch.no_grad()
+def add_adapter(model, folder):
+    """Add scaling * B A of a PEFT adapter to the weights, in float32, and round once."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors", str(model.device))
+    need(not config.get("alpha_pattern"), "alpha_pattern is not supported: merge it with PEFT")
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        A, B = (weights.pop(key.replace("lora_A", side)).float() for side in ("lora_A", "lora_B"))
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        update = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1) * B @ A
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight + (update.T if config.get("fan_in_fan_out") else update))
+    need(not weights, f"more than LoRA: {next(iter(weights), '')} (merge it with PEFT)")
+
+
 def load_model(name, device, dtype):
     """(model, tokenizer), ready for inference."""
-    where = resolve_model(name)
-    adapter = Path(where) / "adapter_config.json"
-    if adapter.exists():
-        from safetensors.torch import load_file
-        config = json.loads(adapter.read_text())
-        base = run_options(name).get("model") or config["base_model_name_or_path"]
-        model, tokenizer = load_model(base, device, dtype)
-        weights = load_file(Path(where) / "adapter_model.safetensors")
-        for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-            layer = model.get_submodule(key[len("base_model.model."):-len(".lora_A.weight")])
-            B, A = weights[key.replace("lora_A", "lora_B")].to(device), weights[key].to(device)
-            total = layer.weight.float() + config["lora_alpha"] / config["r"] * B @ A
-            layer.weight.copy_(total.to(dtype))
-        return model, tokenizer
+    where, adapter = resolve_model(name), adapter_of(name)
     try:
+        if adapter:
+            model, tokenizer = load_model(base_of(name), device, dtype)
+            add_adapter(model, adapter)
+            return model, tokenizer
+        if not Path(where).exists():
+            reach_hub()
         tokenizer = AutoTokenizer.from_pretrained(where)
         model, info = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:
-        refuse(f"cannot load the model {where}", error)
+        refuse(f"cannot load the model {adapter or where}", error)
     for problem, weights in info.items():            # missing_keys, unexpected_keys and so on
         need(not weights, f"{where}: {problem} in the weights, such as {next(iter(weights), '')}")
-    model, ids = model.to(device).eval(), torch.arange(4, device=device)[None]
-    plain = logits_of(model, model.base_model(ids)[0])
-    need(torch.allclose(model(ids).logits.float(), plain, rtol=1e-2, atol=1e-2), f"{where} changes "
-         "its logits after the output layer (a cap or a scale), which the loss here does not do")
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
+
+
+def positions(model):
+    """The greatest number of tokens in a text that the model was made for."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -192,29 +228,30 @@ def load_model(name, device, dtype):
 def read_rows(source, config=None, split="train", limit=None):
     """The rows (dicts) of a .jsonl file or of a hub data set. Only a line feed ends a line of a
     file, because a text may hold other line separators."""
-    rows, lines = [], []
+    rows, problem = [], f"{source}: no such file or hub data set can be read"
     try:
         if source.endswith((".jsonl", ".json")):
-            lines = Path(source).read_bytes().split(b"\n")
+            for number, line in enumerate(Path(source).read_bytes().strip().split(b"\n"), 1):
+                problem = f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"
+                rows.append({**json.loads(line.decode("utf-8-sig"))})
         else:
+            reach_hub()
             rows = list(datasets.load_dataset(source, config, split=split))
     except Exception as error:
-        refuse(f"{source}: no such file or hub data set can be read", error)
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [{**json.loads(line.decode("utf-8-sig"))}] if line.strip() else []
-        except (TypeError, ValueError) as error:
-            refuse(f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8", error)
-    need(rows, f"{source}: no rows")
+        refuse(problem, error)
     return rows[:limit]
 
 
-def field(row, names, source, number, kinds=str):
-    """The first of the fields `names` that the row has."""
-    value = next((row[name] for name in names if row.get(name)), None)
-    need(isinstance(value, kinds), f"{source}, line {number}: no field called {' or '.join(names)} "
-         f"with a text in it; it has: {', '.join(row)}")
-    return value
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def field(row, names, source, number):
+    """The text in the first of the fields `names` that is not empty."""
+    text = next((row[name] for name in names if row.get(name)), None)
+    need(is_text(text), f"{source}, line {number}: no field called {' or '.join(names)} with a "
+         f"text in it; it has: {', '.join(row)}")
+    return text
 
 
 def given_texts(source, limit):
@@ -238,9 +275,11 @@ def to_pairs(rows, source):
 
 def answers_of(row, source, number):
     """The accepted answers: the list of NQ-Open or WebQuestions, or TriviaQA's aliases."""
-    answers = field(row, ("answers", "answer"), source, number, (str, list, dict))
-    answers = answers.get("aliases", []) if isinstance(answers, dict) else answers
-    return [answers] if isinstance(answers, str) else answers
+    answers = row.get("answers") or row.get("answer")
+    answers = answers.get("aliases") if isinstance(answers, dict) else answers
+    texts = list(filter(is_text, answers if isinstance(answers, list) else [answers]))
+    need(texts, f"{source}, line {number}: no field called answers or answer with a text in it")
+    return texts
 
 
 def to_questions(rows, source):
@@ -266,7 +305,11 @@ def encode_all(tokenizer, pairs, max_length):
         if len(start) < max_length:
             labels = [-100] * len(start) + ids[len(start):max_length]
             examples.append({"ids": ids[:max_length], "labels": labels})
-    need(examples, f"no example has a response within --max-length {max_length}: raise it")
+    dropped = f"{len(pairs) - len(examples)} of {len(pairs)} examples"
+    need(2 * len(examples) >= len(pairs), f"{dropped} have prompts that fill --max-length "
+         f"{max_length}: raise it")
+    if len(examples) < len(pairs):
+        tqdm.write(f"{dropped} are left out: their prompts fill {max_length} tokens", sys.stderr)
     return examples
 
 
@@ -310,13 +353,23 @@ def label_states(model, batch):
     """(hidden states, labels) at the positions that predict a label, so that the output layer need
     not run at the others. Position t predicts token t + 1."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    hidden, labels = model.base_model(**inputs, use_cache=False)[0], batch["labels"][:, 1:]
+    hidden, labels = model.get_decoder()(**inputs, use_cache=False)[0], batch["labels"][:, 1:]
     return hidden[:, :-1][labels != -100], labels[labels != -100]
 
 
+class BodyOutput(tuple):
+    """What a model's body returns: (hidden states,). All that a head may look for beside is None."""
+
+    def __getattr__(self, name):
+        return self[0] if name == "last_hidden_state" else None
+
+
 def logits_of(model, states):
-    """The logits at these hidden states, in float32."""
-    return model.get_output_embeddings()(states).float()
+    """The logits at these hidden states, in float32. The model's own forward computes them, without
+    its body, because some models scale or cap what the output layer gives."""
+    body = lambda *args, **kwargs: BodyOutput([states[None]])
+    with mock.patch.object(model.get_decoder(), "forward", body):
+        return model(torch.zeros(1, 1, dtype=torch.long, device=states.device)).logits[0].float()
 
 
 def pieces(model, *tensors):
@@ -381,10 +434,12 @@ def greedy(model, tokenizer, prompts, max_new_tokens, stops=(), desc=None):
     call leaves open, such as beams or a repetition penalty, from the checkpoint's
     generation_config. folora.plain_mode sets it aside; only its end-of-sequence tokens are used."""
     encoded, out = [tokenizer(prompt)["input_ids"] for prompt in prompts], {}
-    pad, eos = tokenizer.pad_token_id, model.generation_config.eos_token_id
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    need(longest <= positions(model), f"{desc}: a prompt and its answer take {longest} tokens, and "
+         f"the model was made for {positions(model)}")
     how = dict(do_sample=False, max_new_tokens=max_new_tokens, stop_strings=list(stops) or None,
-               tokenizer=tokenizer, eos_token_id=eos,
-               pad_token_id=tokenizer.eos_token_id if pad is None else pad)
+               tokenizer=tokenizer, pad_token_id=tokenizer.eos_token_id,
+               eos_token_id=model.generation_config.eos_token_id)
     batches = by_length(range(len(prompts)), 32, lambda i: len(encoded[i]))
     for batch in tqdm(batches, desc=desc, leave=False):
         inputs = collate([encoded[i] for i in batch], model.device, "left")
@@ -414,46 +469,30 @@ def shortest_prefixes(answers):
             if not any(answer.startswith(other) for other in answers if other != answer)]
 
 
-def stated(text):
-    """What follows the last "The answer is:", or the empty string."""
-    return text.rpartition("The answer is:")[2] if "The answer is:" in text else ""
-
-
 def final_number(text):
     """The number after the last "The answer is:", or None."""
-    found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", stated(text))
+    _, marker, stated = text.rpartition("The answer is:")
+    found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", stated if marker else "")
     return float(found.group().replace(",", "")) if found else None
 
 
-def boxed(solution):
-    """The contents of MATH's last \\boxed{...}."""
-    inside, depth = solution.rpartition("\\boxed{")[2], 1
-    for end, character in enumerate(inside):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return inside[:end]
-    return inside
+# ---- tasks: each returns whether each pair is answered right -------------------------------------
 
-
-# ---- tasks: each returns whether each row is right -----------------------------------------------
-
-def score_questions(model, tokenizer, rows, source, task):
+def score_questions(model, tokenizer, pairs, task):
     """nq_open, triviaqa, tiny's facts and skills. No accepted answer is longer than 64 tokens."""
     trivia, stops = task == "triviaqa", ("\n", ".", ",")
     form = "Question: {}?\nAnswer:" if trivia else "Answer these questions:\n\nQ: {}?\nA:"
-    cases = to_questions(rows, source)
-    tokens = greedy(model, tokenizer, [form.format(q) for q, _ in cases], 64, stops, task)
+    tokens = greedy(model, tokenizer, [form.format(q) for q, _ in pairs], 64, stops, task)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [exact_match(until(t, stops), some, not trivia) for t, (_, some) in zip(texts, cases)]
+    return [exact_match(until(t, stops), some, not trivia) for t, (_, some) in zip(texts, pairs)]
 
 
-def score_webqs(model, tokenizer, rows, source, task):
+def score_webqs(model, tokenizer, pairs, task):
     """Every token of an answer is the likeliest one if and only if the greedy continuation of the
     prompt begins with these tokens."""
-    prompts, choices = [], []
-    for question, answers in to_questions(rows, source):
-        prompts.append(f"Question: {question}\nAnswer:")
-        start, *whole = (tokenizer(prompts[-1] + end)["input_ids"]
+    prompts, choices = [f"Question: {question}\nAnswer:" for question, _ in pairs], []
+    for prompt, (_, answers) in zip(prompts, pairs):
+        start, *whole = (tokenizer(prompt + end)["input_ids"]
                          for end in ("", *(f" {a}" for a in shortest_prefixes(answers))))
         choices.append([ids[len(start):] for ids in whole])
     longest = max((len(tokens) for some in choices for tokens in some), default=1)
@@ -461,18 +500,13 @@ def score_webqs(model, tokenizer, rows, source, task):
     return [any(w[:len(tokens)] == tokens for tokens in some) for w, some in zip(written, choices)]
 
 
-def score_math(model, tokenizer, rows, source, task):
-    """gsm8k and math, with at most 512 new tokens and half of a small model's context."""
-    pairs, stops = to_pairs(rows, source), ("### Instruction", "Question:")
-    longest = min(512, model.config.max_position_embeddings // 2)
+def score_gsm8k(model, tokenizer, pairs, task):
+    """At most 512 new tokens, and half of a small model's context."""
+    longest, stops = min(512, positions(model) // 2), ("### Instruction", "Question:")
     prompts = [prompt_of(question, True) for question, _ in pairs]
     tokens = greedy(model, tokenizer, prompts, longest, stops, task)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    if task == "gsm8k":                              # load_tasks has seen that no answer is None
-        return [final_number(t) == final_number(answer) for t, (_, answer) in zip(texts, pairs)]
-    is_equiv = lm_eval("tasks.hendrycks_math.utils").is_equiv
-    found = [until(stated(text), ("\n", *stops)).rstrip(".") for text in texts]
-    return [bool(t) and is_equiv(t, boxed(solution)) for t, (_, solution) in zip(found, pairs)]
+    return [final_number(t) == final_number(answer) for t, (_, answer) in zip(texts, pairs)]
 
 
 def default_tasks(model):
@@ -482,35 +516,33 @@ def default_tasks(model):
 
 
 def load_tasks(names, limit=None):
-    """{task: (rows, source)} of "gsm8k,nq_open=dev.jsonl,drift". All data is read and checked now,
-    so that a mistake in it does not show after an hour."""
+    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". All data is read and checked now, so that a
+    mistake in it does not show after an hour."""
     tasks = {}
     for name, _, path in (item.partition("=") for item in names.split(",") if item):
         need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        if name == "math":
-            lm_eval("tasks")
         kind, source, config, split = TASKS[name]
         source = path or source
-        tasks[name] = (read_rows(source, config, split, limit) if source else [], source)
-        pairs = (to_questions if kind == "preserve" else to_pairs)(*tasks[name])
-        for number, (_, answer) in enumerate(pairs if name == "gsm8k" else [], 1):
-            need(final_number(answer) is not None, f"{source}, line {number}: its answer has no "
-                 "number after #### or \"The answer is:\"")
+        rows = read_rows(source, config, split, limit) if source else []
+        tasks[name] = (to_questions if kind == "preserve" else to_pairs)(rows, source)
+        for number, (_, answer) in enumerate(tasks[name], 1):
+            need(name != "gsm8k" or final_number(answer) is not None, f"{source}, line {number}: "
+                 'its answer has no number after #### or "The answer is:"')
     return tasks
 
 
 def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     """{task: score}, in per cent, or in nat for nll and drift. `reference` is the untouched model
     and `texts` its held-out text. Without them the model itself is the untouched one."""
-    scores = {}
-    for name, (rows, source) in tasks.items():
+    scores, score = {}, {"gsm8k": score_gsm8k, "webqs": score_webqs}
+    for name, pairs in tasks.items():
         if name == "nll":
-            scores[name] = mean_nll(model, encode_all(tokenizer, to_pairs(rows, source), 1024))
+            examples = encode_all(tokenizer, pairs, min(1024, positions(model)))
+            scores[name] = mean_nll(model, examples)
         elif name == "drift":
             scores[name] = drift(model, reference, texts) if reference is not None else 0.0
         else:
-            score = {"gsm8k": score_math, "math": score_math, "webqs": score_webqs}
-            right = score.get(name, score_questions)(model, tokenizer, share(rows), source, name)
+            right = score.get(name, score_questions)(model, tokenizer, share(pairs), name)
             scores[name] = 100 * mean(sum(right), len(right))
     return scores
 
@@ -521,20 +553,29 @@ def lm_eval(module):
     """A module of lm-eval, which is optional."""
     try:
         return importlib.import_module(f"lm_eval.{module}")
-    except ImportError:
-        raise UserError("--harness and the task math need lm-eval: pip install lm-eval==0.4.13")
+    except ImportError as error:
+        refuse("--harness needs lm-eval: pip install lm-eval==0.4.13", error)
 
 
-def harness_tasks(names):
+def harness_tasks(names, metadata=None):
     """(lm-eval's task manager, task names) of --harness. Each must have a score of its own: tags
     and some groups only stand for several tasks. FOLDER/NAME is a task with a YAML file there."""
     folders, names = zip(*(name.rpartition("/")[::2] for name in names.split(",")))
-    manager = lm_eval("tasks").TaskManager(include_path=[f for f in folders if f] or None)
+    folders = [folder for folder in folders if folder]
+    manager = lm_eval("tasks").TaskManager(include_path=folders or None, metadata=metadata)
     groups = [group for group in manager.all_groups
               if manager.task_index[group].cfg.get("aggregate_metric_list")]
     for name in names:
         need(name in manager.all_subtasks + groups, f"lm-eval has no task {name} with a score of "
              "its own: lm-eval ls tasks lists them, and FOLDER/NAME is one of yours")
+        need(CODE_ALLOWED or not name.startswith(("humaneval", "mbpp")), f"{name} runs code that "
+             "the model writes: set HF_ALLOW_CODE_EVAL=1 to allow it")
+    reach_hub()
+    try:
+        manager.load(list(names))
+    except Exception as error:                       # data out of reach, or a package is missing
+        refuse(f"lm-eval cannot load {','.join(names)} (pip install lm-eval[ifeval,math] has what "
+               "ifeval and mathematics need)", error)
     return manager, list(names)
 
 
@@ -542,10 +583,9 @@ def harness(model, tokenizer, manager, names, limit=None):
     """{task: per cent} by lm-eval, with the examples, prompt and stops of its configuration."""
     size = "auto" if model.device.type == "cuda" else 8
     wrapped = lm_eval("models.huggingface").HFLM(model, tokenizer=tokenizer, batch_size=size)
-    # humaneval and mbpp run generated code. They ask for HF_ALLOW_CODE_EVAL=1, and say so.
     done = lm_eval("evaluator").simple_evaluate(
         wrapped, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0,
-        log_samples=False, confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1")
+        log_samples=False, confirm_run_unsafe_code=CODE_ALLOWED)
     return {name: harness_score(done["results"][name]) for name in names}
 
 
@@ -561,18 +601,15 @@ def harness_score(result):
 
 def role(row):
     """target, preserve, measure, or "" for a summary row."""
-    if row in TASKS or row in ("Avg1", "Avg1(%)", "Avg2", "GM"):
-        return TASKS.get(row, ("",))[0]
-    return "target" if row.startswith(HARNESS_TARGETS) else "preserve"
+    other = "target" if row.startswith(HARNESS_TARGETS) else "preserve"
+    return "" if row in ("Avg1", "Avg1(%)", "Avg2", "GM") else TASKS.get(row, (other,))[0]
 
 
 def summarise(scores, first=None):
     """The summary rows of one column. Avg1(%) needs `first`, the untouched model's column. A mean
     of nothing is not a finite number, and its rows are left out."""
-    def average(scores, wanted):
-        some = [score for task, score in scores.items() if role(task) == wanted]
-        return torch.tensor(some, dtype=torch.float64).mean()
-
+    average = lambda column, wanted: torch.tensor(
+        [score for row, score in column.items() if role(row) == wanted], dtype=torch.float64).mean()
     keep, target = average(scores, "preserve"), average(scores, "target")
     rows = {"Avg1": keep, "Avg1(%)": 100 * keep / average(first or {}, "preserve"), "Avg2": target,
             "GM": (keep * target).sqrt()}
@@ -600,33 +637,33 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="run directory, checkpoint directory or hub id")
+    add("models", nargs="+", metavar="MODEL", help="directory (run, adapter, checkpoint) or hub id")
     add("--tasks", help=f"NAME or NAME=FILE.jsonl, by commas (default: {default_tasks('Qwen')}; "
         "tiny has its own)")
     add("--harness", metavar="NAMES", help="lm-eval's tasks, by commas: mmlu,ifeval,humaneval...")
+    add("--harness-metadata", type=json.loads, metavar="JSON",
+        help="for tasks that take it: babilong_longctx with '{\"max_seq_lengths\": \"4k\"}'")
     add("--limit", type=int, help="the first so many rows of each task (default: all)")
-    add("--reference", help="untouched model for drift (default: the run's, else the first MODEL)")
-    add("--max-new-tokens", type=int, help="length of drift's text (default: the run's, else 256)")
     add("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
-    add("--device", default="auto", help="cpu, cuda, or auto: cuda if there is one (default auto)")
+    add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     options, columns, loaded = parser.parse_args(arguments), {}, None
     need(options.limit is None or options.limit > 0, "--limit must be at least 1")
     need(options.tasks != "" or options.harness, "nothing to score: give --tasks or --harness")
     for name in options.models:
         resolve_model(name)                          # wrong names show before the first hour
-    runs = [run_options(name) for name in options.models]
-    first, bases = next(filter(None, runs), {}), [run.get("model") for run in runs]
-    device, dtype = pick_device(options.device, options.dtype or first.get("dtype", "auto"))
-    length = options.max_new_tokens or min(256, first.get("calibration_max_tokens", 256))
-    extra = harness_tasks(options.harness) if options.harness else None
+    bases = [base_of(name) for name in options.models]
+    run = next(filter(None, map(run_options, options.models)), {})
+    device, dtype = pick_device(options.device, options.dtype or run.get("dtype", "auto"))
+    extra = options.harness and harness_tasks(options.harness, options.harness_metadata)
     names = default_tasks(bases[0] or options.models[0]) if options.tasks is None else options.tasks
     tasks, reference, texts = load_tasks(names, options.limit), None, None
     try:
         for name, base in zip(options.models, bases):
             model, tokenizer = load_model(name, device, dtype)
-            source = options.reference or base or next(filter(None, bases), options.models[0])
+            source = base or next(filter(None, bases), options.models[0])
             if "drift" in tasks and source != loaded:
                 reference, _ = load_model(source, device, dtype)
+                length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
                 texts, loaded = held_out(reference, tokenizer, length), source
             scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
             if extra:

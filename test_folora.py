@@ -1874,8 +1874,8 @@ train | --max-samples 0 | --max-samples: must be
 train | --batch-size 0 | --batch-size: must be
 train | --micro-batch-size 0 | --micro-batch-size: must be
 train | --max-length 20 | --max-length 20
-train | --max-length 512 | --max-length must be below 512, the positions of tiny
-train | --calibration-max-tokens 512 | --calibration-max-tokens must be below 512
+train | --max-length 513 | beyond the 512 positions of tiny
+train | --calibration-max-tokens 512 | beyond the 512 positions of tiny
 train | --calibration-samples 0 | --calibration-samples: must be
 train | --task-samples 0 | --task-samples: must be
 train | --passes 0 | --passes: must be

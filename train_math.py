@@ -57,7 +57,7 @@ FOLORA_ONLY = {"preset", "compare", "lam", "s_min", "basis_rank", "zero_start", 
 # The files of an unfinished run, and what has to be done again without them.
 STAGES = {"untouched.json": "the scoring of the untouched model",
           "calibration.jsonl": "the sampling of calibration text",
-          "prepared.pt": "the covariances and eigenproblems", "checkpoint.pt": "the training"}
+          "prepared.pt": "the preparation and training", "checkpoint.pt": "the training"}
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -257,9 +257,8 @@ def load(options):
     model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
     folora.find_targets(model, targets_of(options, model), options.rank)
     positions = getattr(model.config, "max_position_embeddings", math.inf)
-    for name in ("max_length", "calibration_max_tokens"):
-        ev.need(getattr(options, name) < positions, f"--{name.replace('_', '-')} must be below "
-                f"{positions}, the positions of {options.model}")
+    ev.need(max(options.max_length, options.calibration_max_tokens + 1) <= positions, "--max-length"
+            f" or --calibration-max-tokens is beyond the {positions} positions of {options.model}")
     if options.calibration_model:                    # its text is used as token ids
         theirs = ev.load_model(options.calibration_model, device, model.dtype)[1]
         ev.need(theirs.get_vocab() == tokenizer.get_vocab(), "--calibration-model "
@@ -389,6 +388,7 @@ def recompute(model, on):
 
 
 def check_finite(step, kept, **values):
+    """End the run, before the next step or checkpoint, if a value is not a finite number."""
     if not all(map(math.isfinite, values.values())):
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
         raise FloatingPointError(f"step {step}: {shown}; the checkpoint of step {kept} is kept. "
@@ -405,7 +405,7 @@ def train(options, model, optimizer, examples, probe, out):
     if saved.exists():
         state = read(saved)
         done, lines = state["step"], state["lines"]
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         model.load_state_dict(state["adapters"], strict=False)
     if process == 0:                                 # lines after the checkpoint are written again
         save(lines, log)
@@ -434,7 +434,7 @@ def train(options, model, optimizer, examples, probe, out):
         if due:
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
-                  "optimizer": optimizer.state_dict()}, saved)
+                  "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
             done = step + 1
     recompute(model, False)
 
@@ -463,6 +463,8 @@ def stages(options, model, tokenizer, examples, tasks, before):
                   lambda: before or ev.evaluate(model, tokenizer, tasks))
     bases = None
     if options.method == "folora":
+        if not (out / "prepared.pt").exists():       # moments belong to the bases that they had
+            (out / "checkpoint.pt").unlink(missing_ok=True)
         own = once(out / "calibration.jsonl", lambda: calibration_texts(options, model, tokenizer))
         bases = once(out / "prepared.pt", lambda: solve(options, model, own, examples))
     probe = Probe(model, texts)
