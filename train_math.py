@@ -193,24 +193,24 @@ def lock(out):
 
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
-    part, lines = path.with_name(f"{path.name}.part"), value if path.suffix == ".jsonl" else [value]
-    try:
-        if path.suffix == ".pt":
-            torch.save(value, part)
-        else:
-            part.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    except RuntimeError as error:                    # torch.save's, where others raise an OSError
-        raise OSError(f"{part} cannot be written: is the disk full? ({error})") from None
+    part = path.with_name(f"{path.name}.part")
+    if path.suffix == ".pt":
+        torch.save(value, part)
+    elif path.suffix == ".jsonl":
+        part.write_text("".join(f"{json.dumps(line)}\n" for line in value))
+    else:
+        part.write_text(json.dumps(value, indent=1))
     part.replace(path)
 
 
 def read(path):
-    """A file of this run. A damaged one ends in a line that says what to do."""
+    """What `save` has written. A damaged file ends in a line that says what to do."""
     try:
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu")
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return lines if path.suffix == ".jsonl" else lines[0]
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        return json.loads(path.read_text())
     except (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError):
         again = STAGES.get(path.name, "the whole run")
         raise ev.UserError(f"{path} is damaged: delete it, and {again} is done again") from None
@@ -256,9 +256,9 @@ def load(options):
     device = torch.device(options.device)
     model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
     folora.find_targets(model, targets_of(options, model), options.rank)
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    ev.need(max(options.max_length, options.calibration_max_tokens + 1) <= positions, "--max-length"
-            f" or --calibration-max-tokens is beyond the {positions} positions of {options.model}")
+    longest = max(options.max_length, options.calibration_max_tokens + 1)
+    ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
+            f"the {ev.positions(model)} positions of {options.model}")
     if options.calibration_model:                    # its text is used as token ids
         theirs = ev.load_model(options.calibration_model, device, model.dtype)[1]
         ev.need(theirs.get_vocab() == tokenizer.get_vocab(), "--calibration-model "
