@@ -169,7 +169,7 @@ def check_run(options):
         return
     ev.need("config.json" in others, f"{out} holds {others[0]} and no run: give another --out")
     try:
-        theirs = json.loads((out / "config.json").read_text())["options"]
+        theirs = dict(json.loads((out / "config.json").read_text())["options"])
     except (LookupError, TypeError, ValueError):
         raise ev.UserError(f"{out} holds no run's config.json: give another --out") from None
     differ = [f"--{name.replace('_', '-')} {theirs.get(name)}" for name, mine in
@@ -186,7 +186,7 @@ def handle(out):
 def lock(out):
     """Keep other processes out of the run's directory for as long as this process lives."""
     try:
-        fcntl.flock(handle(out), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle(out.absolute()), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ev.UserError(f"{out}: another process is at work on this run") from None
 
@@ -520,10 +520,13 @@ def main(arguments=None):
     for each in runs:                                # before the first has run for hours
         resolve(each)
         check_run(each)
-    if ev.process()[0] == 0:
-        print(f"{options.out}: the same command with this --out resumes an interrupted run")
-    for each in runs:
-        scores |= run(each, scores.get("untouched"))
+    try:
+        for each in runs:
+            scores |= run(each, scores.get("untouched"))
+    except KeyboardInterrupt:
+        ev.need(False, f"interrupted: the same command with --out {options.out} goes on")
+    except (torch.OutOfMemoryError, MemoryError):
+        ev.need(False, "out of memory: lower --micro-batch-size, then --max-length or --rank")
     if ev.process()[0] == 0:
         print(ev.table(scores))
     if dist.is_initialized():
