@@ -1651,7 +1651,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
     arguments = command("folora", "--out", str(out))
     stop = lambda status=2: stopped(train_math.main, arguments, capsys, status)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size, last in ((1500, "calibration.jsonl.part"), (300_000, "prepared.pt.part")):
+    for size, last in ((1500, "held_out.jsonl.part"), (300_000, "prepared.pt.part")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
             assert re.search("File too large|disk full", stop())

@@ -55,7 +55,8 @@ RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "passe
 FOLORA_ONLY = {"preset", "compare", "lam", "s_min", "basis_rank", "zero_start", "tau", "passes",
                "calibration", "calibration_samples", "calibration_model", "task_samples"}
 # The files of an unfinished run, and what has to be done again without them.
-STAGES = {"untouched.json": "the scoring of the untouched model",
+STAGES = {"held_out.jsonl": "the sampling of held-out text",
+          "untouched.json": "the scoring of the untouched model",
           "calibration.jsonl": "the sampling of calibration text",
           "prepared.pt": "the preparation and training", "checkpoint.pt": "the training"}
 
@@ -458,7 +459,10 @@ def start_processes(options):
 def stages(options, model, tokenizer, examples, tasks, before):
     """The scores of `run`, computed."""
     out, first = Path(options.out), ev.process()[0] == 0
-    texts = ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    length = min(256, options.calibration_max_tokens)
+    texts = once(out / "held_out.jsonl",
+                 lambda: [text.tolist() for text in ev.held_out(model, tokenizer, length)])
+    texts = [torch.tensor(text) for text in texts]
     before = once(out / "untouched.json",
                   lambda: before or ev.evaluate(model, tokenizer, tasks))
     bases = None

@@ -33,6 +33,7 @@ TOKENIZER = transformers.PreTrainedTokenizerBase
 # cut in half before it gets its name.
 MOMENTS = {
     "config.json half written": ("config.json", 1),
+    "held_out.jsonl half written": ("held_out.jsonl", 1),
     "untouched.json half written": ("untouched.json", 1),
     "calibration.jsonl half written": ("calibration.jsonl", 1),
     "in the eigenproblems": (folora, "decompose", 1),
