@@ -5,12 +5,14 @@ Equations are held against scipy, numpy, torch.optim.Adam, PEFT, or a literal sl
 import ast
 import contextlib
 import copy
+import fcntl
 import importlib.util
 import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from tqdm import tqdm
 import eval as ev
 import folora
 import train_math
-from assets import baselines
+from assets import baselines, kill
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -1419,12 +1421,10 @@ def test_cordas_start_is_pefts(alpha, layer, tmp_path):
 
 # ---- the scripts, end to end ---------------------------------------------------------------------
 
-FAST = ("--max-samples 64 --batch-size 8 --micro-batch-size 4 --max-steps 6 --log-every 2 --rank 8 "
-        "--calibration-samples 4 --calibration-max-tokens 130 --task-samples 8 --eval-samples 4 "
-        "--basis-rank 16 --compare no").split()
+COMMON = ("--max-samples 64 --batch-size 8 --micro-batch-size 4 --max-steps 6 --log-every 2 "
+          "--rank 8 --calibration-max-tokens 130 --eval-samples 4").split()
+FAST = [*COMMON, *"--calibration-samples 4 --task-samples 8 --basis-rank 16 --compare no".split()]
 TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"
-
-
 METHODS = [("folora", ()), ("lora", ()), ("folora", ("--preset", "paper"))]
 
 
@@ -1442,6 +1442,10 @@ def metrics(out, leave=("tokens_per_s",)):
     return [{name: line[name] for name in line if name not in leave} for line in lines]
 
 
+def command(method, *more):
+    return [*(FAST if method == "folora" else COMMON), "--method", method, "--tasks", TASKS, *more]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(run directory, what it printed) of a method with more options; each is trained once."""
@@ -1451,11 +1455,22 @@ def trained(tmp_path_factory):
         if (method, *more) not in runs:
             out, printed = tmp_path_factory.mktemp("runs") / method, io.StringIO()
             with contextlib.redirect_stdout(printed):
-                options = ["--method", method, "--tasks", TASKS, "--out", str(out)]
-                train_math.main([*FAST, *options, *more])
+                train_math.main(command(method, *more, "--out", str(out)))
             runs[method, *more] = out, printed.getvalue()
         return runs[method, *more]
     return run
+
+
+def stopped(main, arguments, capsys, status=2):
+    """The one line, beside progress bars, that a script ends in with this exit status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == status and "Traceback" not in error
+    line = error.rstrip("\n").splitlines()[-1]
+    assert not re.search(r"\d%\|", line)             # it does not stand behind a bar
+    return line
 
 
 @pytest.mark.parametrize("method, more", METHODS)
@@ -1468,102 +1483,135 @@ def test_training_writes_its_run(method, more, trained):
     assert all({"loss", "lr", "grad_norm", "drift"} == set(line) - {"step"} for line in lines)
     assert [line["drift"] is not None for line in lines] == [False, True] * 3
     assert lines[-1]["loss"] < lines[0]["loss"]
-    summary, config = (read_json(out / f"{name}.json") for name in ("summary", "config"))
+    config, scores = read_json(out / "config.json"), read_json(out / "summary.json")["scores"]
     assert config["options"]["rank"] == 8 and config["versions"]["torch"] == torch.__version__
-    assert summary["seconds"]["train"] > 0 and summary["peak_memory_gb"] > 0
     left = sorted(p.name for p in out.iterdir())
-    assert left == ["config.json", "merged", "metrics.jsonl", "summary.json"]
-    tuned, untouched = summary["scores"][method], summary["scores"]["untouched"]
-    assert tuned["nll"] < untouched["nll"] and tuned["drift"] > 0
+    assert left == ["adapter", "config.json", "metrics.jsonl", "summary.json"]
+    assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
 
 
 def test_methods_start_at_the_same_function_and_end_at_different_ones(trained):
-    runs = [trained("folora"), trained("lora"), trained("folora", "--preset", "paper")]
-    losses = [[line["loss"] for line in metrics(out)] for out, _ in runs]
+    losses = [[line["loss"] for line in metrics(trained(m, *more)[0])] for m, more in METHODS]
     assert all(line[0] == pytest.approx(losses[0][0], rel=1e-4) for line in losses)
     assert len({line[-1] for line in losses}) == 3
 
 
 def test_lora_is_compared_in_the_same_run(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = [*FAST, "--tasks", f"nll={ev.TINY / 'test.jsonl'},drift", "--out", str(out)]
-    train_math.main([*arguments, "--lr", "1e-2", "--compare", "lora"])
+    arguments = [*FAST, "--tasks", "drift", "--lr", "1e-2", "--compare", "lora", "--merge", "1"]
+    arguments += ["--out", str(out), "--target-modules", "q_proj,down_proj"]
+    train_math.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.split()[:1] == ["untouched"])
     assert header.split() == ["untouched", "folora", "lora"]
-    option = lambda run: json.loads((run / "config.json").read_text())["options"]
+    option = lambda run: read_json(run / "config.json")["options"]
     assert (option(out)["method"], option(out / "lora")["method"]) == ("folora", "lora")
-    assert option(out / "lora")["lr"] == 4e-3
-    train_math.main([*arguments, "--lr", "1e-2", "--compare", "lora"])           # prints the table
+    assert (option(out)["lr"], option(out / "lora")["lr"]) == (1e-2, 4e-3)
+    train_math.main(arguments)                       # prints the table
     assert header in capsys.readouterr().out
+    weights = load_file(out / "merged" / "model.safetensors")
+    shutil.rmtree(out / "merged")                    # the adapter alone is the same model
+    again = ev.load_model(str(out), CPU, torch.float32)[0].state_dict()
+    plain = ev.load_model("tiny", CPU, torch.float32)[0].state_dict()
+    for name, weight in weights.items():
+        close(again[name], weight)
+        assert torch.equal(weight, plain[name]) != ("q_proj" in name or "down_proj" in name)
 
 
-def test_eval_reads_a_run(trained):
+def test_all_linear_is_every_linear_layer_but_the_head():
+    model = ev.load_model("tiny", CPU, torch.float32)[0]
+    names = train_math.targets_of(SimpleNamespace(target_modules="all-linear"), model)
+    assert set(names) == set(folora.find_targets(model)) and "lm_head" not in names
+
+
+def test_eval_reads_a_run(trained, capsys):
     out, _ = trained("folora")
-    scores = json.loads((out / "summary.json").read_text())["scores"]
-    tasks = f"nll={ev.TINY / 'test.jsonl'},facts,drift"
-    done = script("eval.py", str(out), "tiny", "--tasks", tasks, "--limit", "4")
-    assert done.returncode == 0, done.stderr
-    words = [line.split() for line in done.stdout.splitlines()]
+    scores = read_json(out / "summary.json")["scores"]
+    ev.main([str(out), "tiny", "--tasks", TASKS, "--limit", "4"])
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
     row = {line[0]: [float(x) for x in line[-2:]] for line in words if line[0] in ("nll", "drift")}
     columns = [scores["folora"], scores["untouched"]]
     assert row["nll"] == pytest.approx([s["nll"] for s in columns], abs=2e-3)
     assert row["drift"] == pytest.approx([s["drift"] for s in columns], abs=1e-4)
 
 
-@pytest.mark.parametrize("method, more", METHODS)
-def test_an_interrupted_run_goes_on_to_the_same_numbers(method, more, trained, tmp_path,
-                                                        monkeypatch):
-    whole, _ = trained(method, *more)
-    cut = tmp_path / "cut"
-    arguments = [*FAST, "--method", method, "--tasks", TASKS, "--out", str(cut), *more]
-    real, calls = train_math.train_step, []
+MOMENTS = ("in the eigenproblems", "first checkpoint.pt half written", "summary.json half written")
 
-    def fails_in_step_4(*args):
+
+@pytest.mark.parametrize("method, more, moment", [(*m, k) for m, k in zip(METHODS, MOMENTS)])
+def test_a_killed_run_goes_on_to_the_same_numbers(method, more, moment, trained, tmp_path):
+    whole = kill.result(trained(method, *more)[0])
+    assert kill.kill_and_resume(moment, tmp_path / "cut", command(method, *more)) == whole
+
+
+def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, monkeypatch, capsys):
+    """A full disk at several sizes, Ctrl-C, NaN, a damaged file. No stage is repeated in vain."""
+    out, finished = tmp_path / "run", kill.result(trained("folora")[0])
+    arguments = command("folora", "--out", str(out))
+    stop = lambda status=2: stopped(train_math.main, arguments, capsys, status)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, last in ((1500, "held_out.jsonl.part"), (300_000, "prepared.pt.part")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            assert re.search("File too large|disk full", stop())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert (out / last).exists()
+    monkeypatch.setattr(train_math, "calibration_texts", None)
+    real, calls = train_math.gradients, []
+    errors = {5: KeyboardInterrupt, 6: torch.OutOfMemoryError}
+
+    def gradients(*args):                            # NaN in step 4, then two errors in step 3
         calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(train_math, "train_step", fails_in_step_4)
-    with pytest.raises(SystemExit, match=f"interrupted: the same command with --out {cut} goes on"):
-        train_math.main(arguments)
-    monkeypatch.setattr(train_math, "train_step", real)
-    assert len(metrics(cut)) == 3
-    with pytest.raises(SystemExit, match="holds a run with --rank 8"):
-        train_math.main([*arguments, "--rank", "4"])
-    with pytest.raises(SystemExit, match="interrupted"):
-        ev.resolve_model(str(cut))
+        if len(calls) in errors:
+            raise errors[len(calls)]
+        return (math.nan, 1.0) if len(calls) == 4 else real(*args)
+    monkeypatch.setattr(train_math, "gradients", gradients)
+    line = stop(status=1)
+    assert "step 4: loss nan, gradient_norm 1.0; the checkpoint of step 2 is kept" in line
+    assert len(metrics(out)) == 3 and torch.load(out / "checkpoint.pt")["step"] == 2
+    assert f"interrupted: the same command with --out {out}" in stop()
+    assert "out of memory: lower --micro-batch-size" in stop() and len(metrics(out)) == 2
+    for name in ("untouched.json", "checkpoint.pt"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[:-9])
+        assert f"{name} is damaged: delete it, and {train_math.STAGES[name]} is done" in stop()
+        (out / name).write_bytes(whole)
+    monkeypatch.setattr(folora, "decompose", None)
     train_math.main(arguments)
-    assert metrics(whole) == metrics(cut)
-    weights = [(run / "merged/model.safetensors").read_bytes() for run in (whole, cut)]
-    assert weights[0] == weights[1]
+    assert kill.result(out) == finished
 
 
-def test_a_run_resumes_on_another_gpu_but_not_on_another_kind_of_device(tmp_path):
-    options = train_math.parse_options(["--out", str(tmp_path)])
-    options.device = "cuda:3"
-    (tmp_path / "config.json").write_text(json.dumps({"options": vars(options)}))
-    options.device = "cuda:0"
-    train_math.check_run(options)
-    options.device = "cpu"
-    with pytest.raises(SystemExit, match="holds a run with --device cuda:3"):
-        train_math.check_run(options)
+def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys, monkeypatch):
+    out, _ = trained("folora")
+    arguments = command("folora", "--out", str(out))
+    stop = lambda *more: stopped(train_math.main, [*arguments, *more], capsys)
+    assert "holds a run with --rank 8" in stop("--rank", "4")
+    assert "holds a run with --merge 0" in stop("--merge", "1")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds notes.txt and no run" in stop("--out", tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    assert "holds no run's config.json" in stop("--out", tmp_path)
+    other = os.open(tmp_path.parent, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert "another process is at work" in stop("--out", tmp_path.parent)
+    os.close(other)
+    monkeypatch.setattr(ev, "pick_device", lambda *_: (torch.device("cuda:3"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert "holds a run with --device cpu" in stop()
+    options = train_math.parse_options([])           # of a GPU, the number is not kept
+    train_math.resolve(options)
+    assert options.device == "cuda"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path, monkeypatch):
-    real, calls = train_math.SummedNLL.forward, []
-
-    def nan_in_step_3(self, examples):
-        calls.append(1)
-        return real(self, examples) * (math.nan if len(calls) == 6 else 1)
-
-    monkeypatch.setattr(train_math.SummedNLL, "forward", nan_in_step_3)
-    arguments = [*FAST, "--method", "lora", "--tasks", "", "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match="not a finite number: loss nan.*the last checkpoint"):
-        train_math.main(arguments)
-    assert len(metrics(tmp_path / "run")) == 2
-    assert torch.load(tmp_path / "run/checkpoint.pt")["step"] == 2
+@pytest.mark.parametrize("texts, warns", [([[0] * 300] * 4, True), ([[1] * 600, [2] * 600], False),
+                                          ([[1] * 500, [2] * 500], True)])
+def test_calibration_text_that_says_little_is_reported(texts, warns, capsys, monkeypatch):
+    model, options = ev.load_model("tiny", CPU, torch.float32)[0], train_math.parse_options([])
+    monkeypatch.setattr(train_math, "covariances", lambda *_: {})
+    monkeypatch.setattr(folora, "decompose", lambda *_, **__: [])
+    train_math.solve(options, model, texts, [])
+    assert ("at least 1024 tokens" in capsys.readouterr().err) == warns
 
 
 def some_examples(tokenizer, count):
@@ -1572,21 +1620,19 @@ def some_examples(tokenizer, count):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    model, tokenizer = ev.load_model("tiny", torch.device("cpu"), torch.float32)
+    model, tokenizer = ev.load_model("tiny", CPU, torch.float32)
     examples, seen, parameters = some_examples(tokenizer, 6), [], list(model.parameters())
     for micro in (6, 2):
         model.zero_grad()
-        spy = SimpleNamespace(param_groups=[{"params": parameters}], zero_grad=lambda: None,
-                              step=lambda: seen.append([p.grad.clone() for p in parameters]))
-        _, _, tokens = train_math.train_step(train_math.SummedNLL(model), spy, examples, micro)
-        assert tokens == sum(len(e["ids"]) for e in examples)
-    for a, b in zip(*seen):
-        close(a, b, rtol=1e-3, atol=1e-5)
+        groups = SimpleNamespace(param_groups=[{"params": parameters}])
+        seen.append((train_math.gradients(model, groups, examples, micro),
+                     [p.grad.clone() for p in parameters]))
+    close(*seen, rtol=1e-3, atol=1e-5)
 
 
 def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
-    model, tokenizer = ev.load_model("tiny", torch.device("cpu"), torch.float32)
-    example, calls, seen = some_examples(tokenizer, 1), [], []
+    model, tokenizer = ev.load_model("tiny", CPU, torch.float32)
+    batch, calls, seen = ev.collate(some_examples(tokenizer, 1), CPU), [], []
     layers = model.requires_grad_(False).model.layers
     weight = layers[0].mlp.down_proj.weight.requires_grad_()
     layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -1594,7 +1640,7 @@ def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
         train_math.recompute(model, on)
         inner = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Dropout))]
         assert not any(m.training for m in inner)
-        seen.append(torch.autograd.grad(train_math.SummedNLL(model)(example), weight)[0])
+        seen.append(torch.autograd.grad(ev.summed_nll(model, batch), weight)[0])
     close(*seen)
     assert len(calls) == 3                   # twice with, once without
 
@@ -1698,73 +1744,92 @@ def test_schedule_and_order_of_the_data():
     assert len(train_math.data_order(10, 4, 1, 7, 0)) == 7
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("--model nowhere", "nowhere: no such directory, and no short name"),
-    ("--model runs/nowhere", "runs/nowhere: no such directory"),
-    ("--data nowhere.jsonl", "nowhere.jsonl: no such file"),
-    ("--rank 193", "rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width"),
-    ("--device cuda", "no CUDA GPU"), ("--device banana", "--device banana: it is cpu, cuda"),
-    ("--tasks math", "pip install lm-eval"), ("--tasks facts,trivia", "unknown task trivia"),
-    ("--max-steps 0", "--max-steps: must be finite and at least 1, not 0"),
-    ("--batch-size 0", "--batch-size: must be"), ("--max-length 20", "raise it"),
-    ("--seed 1000", "--seed 1000 is reserved for the held-out text"),
-    ("--lam 0", "--lam: must be"), ("--s-min 2", "--s-min and"), ("--alpha 1e-300", "--alpha: "),
-    ("--lr -1", "--lr: must be"), ("--lr inf", "--lr: must be"), ("--tau nan", "--tau: must be"),
-    ("--method milora", "invalid choice: 'milora'"), ("--compare folora", "invalid choice"),
-])
-def test_bad_input_gets_one_line_before_any_work(arguments, message, tmp_path, capsys):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    if "math" in arguments and importlib.util.find_spec("lm_eval"):
+GOOD = b'{"question": "q", "answer": "a"}\n'
+FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[1, 2]\n",
+         "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
+         "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
+BAD = [row.split(" | ") for row in """
+train | --lr -1 | --lr: must be from 0
+train | --lr inf | --lr: must be from 0
+train | --lr much | --lr: invalid number value: 'much'
+train | --lr | --lr: expected one argument
+train | --lam 0 | --lam: must be from 1e-09
+train | --tau nan | --tau: must be
+train | --alpha 1e-300 | --alpha: must be
+train | --s-min 2 | --s-min: must be from 0 to 1, not 2
+train | --zero-start 2 | --zero-start: must be
+train | --basis-rank -1 | --basis-rank: must be
+train | --rank 0 | --rank: must be from 1
+train | --rank 193 | rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width
+train | --epochs 0 | --epochs: must be
+train | --max-steps 0 | --max-steps: must be
+train | --batch-size 0 | --batch-size: must be
+train | --max-length 20 | 64 of 64 examples have prompts that fill --max-length 20
+train | --max-length 513 | beyond the 512 positions of tiny
+train | --calibration-max-tokens 512 | beyond the 512 positions of tiny
+train | --calibration-samples 0 | --calibration-samples: must be
+train | --log-every 0 | --log-every: must be
+train | --seed -1 | --seed: must be
+train | --seed 1000 | --seed 1000 is reserved for the held-out text
+train | --method milora | invalid choice: 'milora'
+train | --method lora | --method lora has no basis_rank, calibration_samples, compare
+train | --device banana | --device banana: this torch sees
+train | --device cuda:99 | --device cuda:99: this torch sees
+train | --steps 5 | unrecognized arguments: --steps 5
+train | --target-modules nothing | no nn.Linear is called nothing
+train | --target-modules lm_head | lm_head shares its weight
+train | --model nowhere | nowhere: no such directory, and no short name
+train | --model runs/nowhere | runs/nowhere: no such directory
+train | --model good.jsonl | good.jsonl: neither a checkpoint
+train | --calibration-model nowhere | nowhere: no such directory
+train | --tasks facts,trivia | unknown task trivia
+train | --tasks nll=gone.jsonl | gone.jsonl: no such file
+train | --tasks gsm8k=good.jsonl | good.jsonl, line 1: its answer has no number after ####
+train | --tasks facts=half.jsonl | half.jsonl, line 2: no field called answers or answer
+train | --data gone.jsonl | gone.jsonl: no such file
+train | --data half.jsonl | half.jsonl, line 2: no field called answer
+train | --data list.jsonl | list.jsonl, line 2: not JSON with fields
+train | --data cut.jsonl | cut.jsonl, line 2: not JSON
+train | --data latin.jsonl | latin.jsonl, line 1: not JSON with fields, {...}, in UTF-8
+train | --data null.jsonl | null.jsonl, line 1: no field called question
+train | --data none.jsonl | none.jsonl, line 1: not JSON
+train | --calibration gone.jsonl | gone.jsonl: no such file
+train | --calibration five.jsonl | five.jsonl, line 1: no field called text or question
+train | --out good.jsonl | --out good.jsonl cannot be made
+train | --out good.jsonl/run | --out good.jsonl/run cannot be made
+train | --out . | . holds
+eval |  | required: MODEL
+eval | nowhere | nowhere: no such directory
+eval | good.jsonl | good.jsonl: neither a checkpoint
+eval | tiny --limit 0 | --limit
+eval | tiny --limit few | --limit: invalid int value: 'few'
+eval | tiny --dtype int8 | invalid choice
+eval | tiny --device banana | --device banana: this torch sees
+eval | tiny --tasks trivia | unknown task trivia
+eval | tiny --tasks= | nothing to score
+eval | tiny --tasks nll=cut.jsonl | cut.jsonl, line 2: not JSON
+eval | tiny --tasks facts=none.jsonl | none.jsonl, line 1: not JSON
+eval | tiny --harness mmlu | pip install lm-eval
+eval | tiny --banana 5 | unrecognized arguments: --banana 5
+""".strip().splitlines()]
+
+
+@pytest.mark.parametrize("name, arguments, words", BAD)
+def test_bad_input_gets_one_line_before_any_work(name, arguments, words, tmp_path, capsys,
+                                                 monkeypatch):
+    if "lm-eval" in words and importlib.util.find_spec("lm_eval"):
         pytest.skip("lm-eval is there")
-    with pytest.raises(SystemExit) as stopped:
-        train_math.main([*FAST, "--out", str(tmp_path / "run"), *arguments.split()])
-    code = stopped.value.code
-    text = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in text and "\n" not in text
-    assert not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    for file, content in FILES.items():
+        Path(f"{file}.jsonl").write_bytes(content)
+    state = lambda: {str(path): path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    before, given = state(), [*FAST, "--out", "run"] if name == "train" else []
+    main = {"train": train_math.main, "eval": ev.main}[name]
+    line = stopped(main, [*given, *arguments.split()], capsys)
+    assert words in line and state() == before
 
 
-def test_an_out_that_is_something_else_is_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": []}')
-    with pytest.raises(SystemExit, match="holds something else"):
-        train_math.main([*FAST, "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="cannot be made: Not a directory"):
-        train_math.main([*FAST, "--out", str(tmp_path / "config.json" / "run")])
-
-
-GOOD = '{"question": "q", "answer": "a"}\n'
-
-
-@pytest.mark.parametrize("flag, content, message", [
-    ("--data", GOOD + '{"question": "q"}\n', "line 2: no field called answer"),
-    ("--data", GOOD + "[1, 2]\n", "line 2: not JSON with fields"),
-    ("--data", GOOD + '{"question"\n', "line 2: not JSON"),
-    ("--calibration", '{"a": 1}\n', "line 1: no field called text or question"),
-    ("--calibration", '{"text": 5}\n', "line 1: no field called text or question with a text"),
-    ("--tasks", GOOD, "line 1: its answer has no number after ####"),
-])
-def test_a_bad_line_of_a_file_is_named(flag, content, message, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    value = f"gsm8k={path}" if flag == "--tasks" else str(path)
-    with pytest.raises(SystemExit, match=f"rows.jsonl, {message}"):
-        train_math.main([*FAST, flag, value, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("error, message", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "lower --micro-batch-size"),
-    (OSError(28, "No space left on device"), "the disk of .* is full")])
-def test_out_of_memory_and_disk_say_what_to_do(error, message, monkeypatch):
-    def fail(*_):
-        raise error
-    monkeypatch.setattr(train_math, "run", fail)
-    with pytest.raises(SystemExit, match=message):
-        train_math.main([])
-
-
-def test_short_names_and_defaults():
+def test_short_names_and_defaults(capsys):
     names = {"Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B", "Llama-2-7b": "meta-llama/Llama-2-7b-hf",
              "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M", "owner/name": "owner/name"}
     assert {name: ev.resolve_model(name) for name in names} == names
@@ -1772,17 +1837,15 @@ def test_short_names_and_defaults():
     wanted = dict(rank=128, lam=1.0, s_min=0.3, batch_size=128, max_length=512, basis_rank=0,
                   calibration_samples=2000, task_samples=256, zero_start=0, compare="no")
     assert {name: getattr(paper, name) for name in wanted} == wanted
-    tuned = train_math.parse_options(["--lam", "2"])
-    wanted = dict(lam=2.0, s_min=0.0, zero_start=1, compare="lora", **train_math.TINY)
+    tuned = train_math.parse_options(["--lam", "2", "--rank", "16"])
+    wanted = {**train_math.TINY, "lam": 2.0, "s_min": 0.0, "zero_start": 1, "rank": 16}
     assert {name: getattr(tuned, name) for name in wanted} == wanted
     assert train_math.parse_options(["--model", str(ev.TINY)]).rank == 32
     assert "facts" in ev.default_tasks(str(ev.TINY))
-
-
-def test_help_says_whose_each_default_is():
-    for flag, _, _, text in train_math.OPTIONS:
-        assert "ours" in text or "the paper's" in text, flag
-    assert "--basis-rank" in script("train_math.py", "--help").stdout
+    assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)
+    with pytest.raises(SystemExit):
+        train_math.main(["--help"])
+    assert "--basis-rank" in capsys.readouterr().out
 
 
 # ---- the measurements ----------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def adapted(model, k, rank, batch, length, micro):
     """(a function that trains one step, its optimiser). Tokens and bases are random, since the cost
     does not depend on them. LoRA (k None) gets the fastest AdamW that torch has for the device."""
     if k is None:
-        options = argparse.Namespace(method="lora", rank=rank, alpha=None, lr=1e-4)
+        options = train_math.parse_options(["--method", "lora", "--rank", str(rank)])
         trained = train_math.add_adapters(options, model).param_groups[0]["params"]
         optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0, foreach=not CUDA, fused=CUDA)
     else:
@@ -82,8 +82,12 @@ def adapted(model, k, rank, batch, length, micro):
         optimizer = folora.attach(model, bases, 1e-4)
     ids = torch.randint(10, model.config.vocab_size, (batch, length)).tolist()
     texts = [{"ids": text, "labels": [-100] * (length // 2) + text[length // 2:]} for text in ids]
-    loss = train_math.SummedNLL(model)
-    return lambda: train_math.train_step(loss, optimizer, texts, micro), optimizer
+
+    def step():
+        train_math.gradients(model, optimizer, texts, micro)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step, optimizer
 
 
 def step_rows(load, name, repetitions, bar, rank, batch, length, micro):
@@ -116,11 +120,10 @@ def memory_rows(rank):
 
 
 def solve(model, ids, rank, k, passes):
-    """{stage: seconds} of FoLoRA's preparation. It reads 256 texts again, for C_task."""
-    options = argparse.Namespace(micro_batch_size=16, rank=rank, tau=0.01, basis_rank=k,
-                                 passes=passes, task_samples=256)
-    train_math.solve(options, model, ids, [{"ids": text} for text in ids], taken := {})
-    return taken
+    """FoLoRA's preparation. It reads the texts again, for C_task."""
+    flags = f"--micro-batch-size 16 --rank {rank} --basis-rank {k} --passes {passes}".split()
+    options = train_math.parse_options(flags)
+    train_math.solve(options, model, ids, [{"ids": text} for text in ids])
 
 
 @torch.no_grad()
@@ -185,10 +188,13 @@ def gpu_rows(quick, count):
         yield row(f"peak memory of a step, {name}: {method}, GB", [size], 56.9, 30)
     yield from step_rows(lambda: random_model(shape), name, count, 1.005, rank, batch, length, 16)
     model, ids = random_model(shape), torch.randint(10, 1000, (texts, length)).tolist()
-    for k in (64, 0):
-        took = solve(model, ids, rank, k, 1)
-        yield row(f"eigenproblems, k = {k or 'all'}, s", [took["eigenproblems"]], 28, 15)
-    yield row(f"covariances, {texts} texts and C_task's, s", [took["covariances"]], 241, 30)
+    options, C = argparse.Namespace(micro_batch_size=16), []
+    collect = lambda: C.extend(train_math.covariances(options, model, some, "covariances")
+                               for some in (ids, ids[:256]))
+    yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
+    for k in (64, None):
+        decompose = lambda k=k: folora.decompose(*map(dict, C), rank, 0.01, k)
+        yield row(f"eigenproblems, k = {k or 'all'}, s", [seconds(decompose)], 28, 15)
     tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
     sample = lambda: folora.sample_calibration(model, tokenizer, texts, length // 4, length, 256)
     yield row(f"{texts} texts of up to {length} tokens sampled, s", [seconds(sample)], 1146, 200)
