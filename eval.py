@@ -108,17 +108,11 @@ def one_line(main):
             if not is_the_users(error):
                 raise
             full = "is the disk full, or the memory? " if FULL.search(str(error)) else ""
-            text, status = first_line(error), 1 if isinstance(error, FloatingPointError) else 2
-        tqdm.write(full + text, file=sys.stderr)     # the bars of the failed main are closed by now
+            stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            status = 1 if isinstance(error, FloatingPointError) else 2
+        tqdm.write(full + stopped, file=sys.stderr)  # the bars of the failed main are closed by now
         sys.exit(status)
     return guarded
-
-
-def write_json(value, path):
-    """Write a file so that either the old or the new one is there, whenever this is interrupted."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
 
 
 @functools.cache
@@ -406,7 +400,7 @@ def mean_nll(model, examples, batch_size=8):
 def summed_kl(log_p, model, states):
     """The sum over positions of KL(p || the model's distribution), in nat."""
     log_q = logits_of(model, states).log_softmax(-1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
 
 @torch.inference_mode()
@@ -418,7 +412,8 @@ def drift(model, reference, texts, batch_size=4):
         batch = collate(batch, model.device)
         states = (label_states(m, batch)[0] for m in (reference, model))
         for theirs, ours in pieces(model, *states):
-            total += summed_kl(logits_of(reference, theirs).log_softmax(-1), model, ours)
+            log_p = logits_of(reference, theirs).log_softmax(-1)
+            total += summed_kl(log_p, model, ours).item()
             count += len(ours)
     return mean(total, count)
 
@@ -640,7 +635,7 @@ def table(columns):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, parser.error = parser.add_argument, lambda message: need(False, message)
     add("models", nargs="+", metavar="MODEL", help="directory (run, adapter, checkpoint) or hub id")
     add("--tasks", help=f"NAME or NAME=FILE.jsonl, by commas (default: {default_tasks('Qwen')}; "
         "tiny has its own)")

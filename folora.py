@@ -105,7 +105,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
             raise ValueError(f"{name} shares its weight with another module (tied): leave it out")
         weight = module.weight
         if weight.element_size() < 2 or type(weight).__module__.startswith("torchao"):
-            raise ValueError(f"{name} is quantised: first wrap the model with PEFT's get_peft_model")
+            raise ValueError(f"{name} is quantised: wrap the model with PEFT's get_peft_model")
         if not 0 < rank <= module.in_features:
             raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width")
     return found
@@ -500,7 +500,7 @@ def _start(model, name, A0, alpha, zero_start):
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
     SAdam that trains the adapters. On a model of PEFT's nothing is frozen or put: its adapters
-    start anew, and what else is trainable in it gets plain Adam at a tenth of lr, the last group."""
+    start anew, and what else is trainable in it gets plain Adam at a tenth of lr, as last group."""
     gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]       # checked first
     modules = dict(model.named_modules())
     if not bases or any(isinstance(module, LoRALinear) for module in modules.values()):

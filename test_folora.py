@@ -1191,14 +1191,6 @@ def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
         ev.load_model("owner/name", CPU, torch.float32)
 
 
-def test_json_is_written_in_one_piece(tmp_path):
-    ev.write_json({"a": 1}, tmp_path / "x.json")
-    with pytest.raises(TypeError):
-        ev.write_json({"a": CPU}, tmp_path / "x.json")
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["x.json"]
-
-
 def test_finished_columns_are_printed_before_a_failure(tmp_path, capsys):
     folder = changed(tmp_path / "other", lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(SystemExit):

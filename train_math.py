@@ -27,6 +27,7 @@ import os
 import pickle
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,7 +54,8 @@ TINY_LR = {"tuned": 1.2e-2, "paper": 6e-3}
 LORA_LR = {True: 4e-3, False: 1e-3}      # of plain LoRA, for tiny and for other models
 RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "compare"}
 FOLORA_ONLY = {"preset", "compare", "lam", "s_min", "basis_rank", "zero_start", "tau", "passes",
-               "calibration", "calibration_samples", "calibration_model", "task_samples"}
+               "task_samples"}
+WITH_TEXTS = {"calibration", "calibration_samples", "calibration_model"}       # or with --kl
 # The files of an unfinished run, and what has to be done again without them.
 STAGES = {"held_out.jsonl": "the sampling of held-out text",
           "untouched.json": "the scoring of the untouched model",
@@ -90,6 +92,8 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
     ("--basis-rank", NATURAL, None, "directions in which A may move, 0: all [ours]"),
     ("--zero-start", SWITCH, None, "1: B starts at 0; 0: at the paper's residual [ours]"),
+    ("--kl", RATE, 0.0, "weight of KL(untouched || now) on calibration texts in the loss [ours]"),
+    ("--kl-texts", COUNT, 4, "texts a step for --kl [ours]"),
     ("--tau", POSITIVE, 0.01, "ridge, relative to C_pre's mean eigenvalue [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps instead of --epochs [ours]"),
@@ -137,9 +141,10 @@ def parse_options(arguments=None, strict=False):
     if method == "lora":
         options |= {"lr": LORA_LR[ev.is_tiny(model)], "compare": "no"}
     options = argparse.Namespace(**options | given)
-    useless = sorted(FOLORA_ONLY & given.keys()) if method == "lora" and strict else []
-    if useless:
-        parser.error(f"--method lora has no {', '.join(useless)}: leave it out")
+    ignored = FOLORA_ONLY | (set() if options.kl else WITH_TEXTS) if method == "lora" else set()
+    ignored = sorted((ignored | (set() if options.kl else {"kl_texts"})) & given.keys())
+    if ignored and strict:
+        parser.error(f"{', '.join(ignored)} would be ignored here: leave it out")
     if options.seed in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
         parser.error(f"--seed {options.seed} is reserved for the held-out text: choose another")
     return options
@@ -345,10 +350,32 @@ def data_order(count, batch_size, epochs, max_steps, seed):
     return order[:steps * batch_size].view(steps, batch_size).tolist()
 
 
-def gradients(model, optimizer, batch, micro_batch_size):
+@contextmanager
+def untouched(model):
+    """The pretrained model, from the same weights: B = 0, or the paper's start, which is part of
+    the weights then."""
+    layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
+    trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
+    for m in layers:
+        m.lora_A.data, m.lora_B.data = m.start or (m.lora_A.data, torch.zeros_like(m.lora_B))
+    yield
+    for m, (A, B) in zip(layers, trained):
+        m.lora_A.data, m.lora_B.data = A, B
+
+
+def kl_loss(model, texts):
+    """KL(untouched || now), the mean over all next-token positions of the texts, in nat."""
+    batch = ev.collate(texts, model.device)
+    with torch.no_grad(), untouched(model):
+        log_p = ev.logits_of(model, ev.label_states(model, batch)[0]).log_softmax(-1)
+    states, _ = ev.label_states(model, batch)
+    return ev.summed_kl(log_p, model, states) / len(states)
+
+
+def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     """Leave the clipped gradient of a list of examples in the parameters: (loss, gradient norm).
     The loss is the mean over all labels of the batch, of which each process and each micro-batch
-    has a part."""
+    has a part. The gradient has weight * kl_loss(texts) in it as well."""
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
     parameters, total = [p for group in optimizer.param_groups for p in group["params"]], 0.0
     for micro in ev.by_length(ev.share(batch), micro_batch_size, lambda e: len(e["ids"])):
@@ -356,6 +383,8 @@ def gradients(model, optimizer, batch, micro_batch_size):
         loss.backward()
         total += loss.item()
     processes = ev.process()[1]
+    if weight:
+        (weight / processes * kl_loss(model, texts)).backward()      # each has the same texts
     for p in parameters if processes > 1 else ():
         dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -376,7 +405,7 @@ class Probe:
     @torch.inference_mode()
     def __call__(self, model):
         states, _ = ev.label_states(model, self.batch)
-        return ev.summed_kl(self.before, model, states) / len(self.before)
+        return ev.summed_kl(self.before, model, states).item() / len(self.before)
 
 
 def recompute(model, on):
@@ -396,7 +425,7 @@ def check_finite(step, kept, **values):
                                  "Start again with a lower --lr and another --out")
 
 
-def train(options, model, optimizer, examples, probe, out):
+def train(options, model, optimizer, examples, probe, out, texts=()):
     """The loop: a line of metrics.jsonl for every step, a checkpoint every --log-every steps."""
     batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps,
                          options.seed)
@@ -417,7 +446,9 @@ def train(options, model, optimizer, examples, probe, out):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * schedule(step, len(batches))
         batch = [examples[i] for i in batches[step]]
-        loss, norm = gradients(model, optimizer, batch, options.micro_batch_size)
+        some = [texts[(step * options.kl_texts + i) % len(texts)]
+                for i in range(options.kl_texts if options.kl else 0)]
+        loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         check_finite(step + 1, done, loss=loss, gradient_norm=norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -465,16 +496,17 @@ def stages(options, model, tokenizer, examples, tasks, before):
     texts = [torch.tensor(text) for text in texts]
     before = once(out / "untouched.json",
                   lambda: before or ev.evaluate(model, tokenizer, tasks))
-    bases = None
+    bases, own = None, ()
+    if options.method == "folora" or options.kl:
+        own = once(out / "calibration.jsonl", lambda: calibration_texts(options, model, tokenizer))
     if options.method == "folora":
         if not (out / "prepared.pt").exists():       # moments belong to the bases that they had
             (out / "checkpoint.pt").unlink(missing_ok=True)
-        own = once(out / "calibration.jsonl", lambda: calibration_texts(options, model, tokenizer))
         bases = once(out / "prepared.pt", lambda: solve(options, model, own, examples))
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)
     optimizer = add_adapters(options, model, bases)
-    train(options, model, optimizer, examples, probe, out)
+    train(options, model, optimizer, examples, probe, out, own)
     if first:
         folora.save_adapter(model, out / "adapter")
         tokenizer.save_pretrained(out / "adapter")

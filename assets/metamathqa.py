@@ -55,7 +55,7 @@ def write_experiment(folder):
 
 
 if __name__ == "__main__":
-    import utils                                             # the benchmark's
+    import utils  # the benchmark's
     write_experiment(Path(sys.argv[-1]))
     utils.get_optimizer_and_scheduler = get_optimizer_and_scheduler
     runpy.run_path("run.py", run_name="__main__")
