@@ -153,11 +153,6 @@ def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
     assert model.training and model.q_proj.training and not model.o_proj.training
 
 
-def test_targets_are_found_by_one_name_or_several():
-    assert list(folora.find_targets(Block(), "q_proj", 8)) == ["q_proj"]
-    assert list(folora.find_targets(nn.Sequential(Block()), ["0.q_proj"])) == ["0.q_proj"]
-
-
 # ---- 3.2: the generalized eigenbasis -------------------------------------------------------------
 
 CASES = {                                    # two covariances, and the ridge
@@ -188,20 +183,19 @@ def test_eigenbasis_against_scipy(case, k):
         assert alone.any() and (overlap[alone] > 0.99).all()
 
 
-@pytest.mark.parametrize("failure", ["raises", "not finite"])
-def test_eigh_that_fails_in_float32_is_tried_in_float64(failure, monkeypatch):
-    real, M = torch.linalg.eigh, covariance(5, 20).float()
+def test_eigh_that_fails_is_tried_in_float64_and_again(monkeypatch):
+    real, M, tried = torch.linalg.eigh, covariance(5, 20).float(), []
 
     def eigh(M):
-        if M.dtype == torch.float64:
-            return real(M)
-        if failure == "raises":
+        tried.append(M.dtype)
+        if len(tried) == 1:
             raise torch.linalg.LinAlgError("no convergence")
-        return torch.full((5,), math.nan), torch.eye(5)
+        return (torch.full((5,), math.nan), torch.eye(5)) if len(tried) == 2 else real(M)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    values, vectors = folora._eigh(M)        # in float32 again
-    close(vectors * values @ vectors.mT, M)
+    values, vectors = folora._eigh(M)
+    assert tried == [torch.float32, torch.float64, torch.float64]
+    close(vectors * values @ vectors.mT, M)  # in float32 again
 
 
 # ---- 3.3: gate and optimiser ---------------------------------------------------------------------
@@ -356,20 +350,20 @@ def fit(model, optimizer, x, y, steps=150):
 
 
 @pytest.mark.parametrize("how", [dict(lr=1e-2, zero_start=False), dict(lr=3e-2, basis_rank=8)])
-def test_prepare_on_a_bare_mlp_learns_and_keeps(how):
+def test_prepare_on_a_bare_mlp_learns_and_keeps_more_than_lora(how):
     pre, task, new = low_rank_inputs()
     torch.manual_seed(0)
     model = MLP()
-    lora, target, before = copy.deepcopy(model), torch.sin(new), model(pre).detach()
-    lora.requires_grad_(False).first = folora.LoRALinear(lora.first, 4)
-    plain = torch.optim.Adam([p for p in lora.parameters() if p.requires_grad], 1e-2)
+    lora, before = copy.deepcopy(model).requires_grad_(False), model(pre).detach()
+    lora.first = folora.LoRALinear(lora.first, 4)
+    adam = torch.optim.Adam([lora.first.lora_A, lora.first.lora_B], 1e-2)
     optimizer = folora.prepare(model, [{"x": pre}], [{"x": task}], rank=4, target_modules="first",
                                lam=3.0, **how)
     close(model(pre), before, rtol=1e-4, atol=1e-5)                  # the start does not perturb
     assert (model.first.lora_B.abs().max() == 0) == how.get("zero_start", True)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trainable == ["first.lora_A", "first.lora_B"]
-    learned, _ = fit(model, optimizer, task, target), fit(lora, plain, task, target)
+    learned, _ = (fit(*both, task, torch.sin(new)) for both in ((model, optimizer), (lora, adam)))
     moved = [(m(pre) - before).norm() for m in (model, lora)]
     assert learned < 0.7 and moved[0] < 0.5 * moved[1], (learned, moved)
     adapted, merged = model(task).detach(), folora.merge(model)
@@ -581,7 +575,7 @@ def unread():
     yield
 
 
-def collect(*batches, model=None, targets=BLOCK_TARGETS):
+def collect(batches=(), model=None, targets=BLOCK_TARGETS):
     return folora.collect_covariances(model or Block(), batches, targets)
 
 
@@ -590,86 +584,83 @@ def prepare(model=None, batches=None, **how):
     return folora.prepare(model or MLP(), batches or unread(), batches or unread(), **how)
 
 
-def bases_of(d=16, names=("first", "second")):
-    C = {name: torch.eye(width) for name, width in zip(names, (d, 32))}
-    return folora.decompose(dict(C), dict(C), 2)
-
-
-def adapted():
-    model = MLP()
-    folora.attach(model, bases_of(names=["first"]), 0.1)
+def attach(model, *names):
+    """Adapters on these layers, from bases for inputs as wide as those of an MLP."""
+    C = {name: torch.eye(16 if name == "first" else 32) for name in names}
+    folora.attach(model, folora.decompose(dict(C), dict(C), 2) if C else [], 0.1)
     return model
 
 
-def tied():
-    model = Block()
-    model.k_proj.weight = model.q_proj.weight
-    return model
+partial, nan, inf = functools.partial, math.nan, math.inf
+I3, ONES = torch.eye(3), torch.ones(2, 4)
+TIED = nn.ModuleDict(dict.fromkeys(("q_proj", "k_proj"), nn.Linear(8, 8)))
+REFUSED = [                                  # (message, call, options that are wrong, others, ...)
+    ("rank . is not from 1 to 8, q_proj's width", partial(folora.find_targets, Block(), "q_proj"),
+     dict(rank=0), dict(rank=9)),
+    ("gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
+    ("called .nothing., but down_proj", collect, dict(targets=())),
+    ("q_proj is quantised", collect, dict(model=Block().to(torch.float8_e4m3fn))),
+    ("q_proj shares its weight", collect, dict(model=TIED, targets=["q_proj"])),
+    ("no token reached q_proj", collect, dict(batches=[])),
+    ("inputs of q_proj are not finite", collect, dict(batches=[{"x": nan * torch.ones(2, 8)}])),
+    (r"received \(5, 2\) rows where attention_mask is \(2, 5\)", collect,
+     dict(batches=[{"x": torch.ones(5, 2, 8), "attention_mask": torch.ones(2, 5)}])),
+    (r"a covariance \+ 0.1 I is not positive", partial(folora.generalized_eigenbasis, I3, tau=0.1),
+     dict(C_pre=-I3), dict(C_pre=I3 / 0), dict(C_pre=nan * I3)),
+    ("eigenproblem of a layer", partial(folora.generalized_eigenbasis, C_pre=I3, tau=0.1),
+     dict(C_task=nan * I3)),
+    ("rank . is not from 1 to 3, the input", partial(folora.null_space, I3),
+     dict(rank=0), dict(rank=4)),
+    ("is out of range", partial(folora.SAdam, [ONES], lr=0.1), dict(lr=-1), dict(lr=inf),
+     dict(betas=(1, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1), dict(eps=inf), dict(eps=nan)),
+    ("needs both|do not fit", lambda **group: folora.SAdam([{"params": [ONES], **group}], 0.1),
+     dict(basis=torch.eye(4)), dict(gate=torch.ones(4)), dict(basis=I3, gate=torch.ones(3)),
+     dict(basis=torch.eye(4), gate=torch.ones(3)), dict(basis=ONES[0], gate=torch.ones(()))),
+    ("rank . is not from 1 to 6, the input width, or not A0's",
+     partial(folora.LoRALinear, nn.Linear(6, 5), rank=2), dict(rank=0), dict(rank=7),
+     dict(A0=torch.ones(3, 6)), dict(A0=torch.ones(2, 5))),
+    ("alpha must be > 0", partial(folora.LoRALinear, nn.Linear(6, 5), 2),
+     dict(alpha=0), dict(alpha=inf)),
+    ("rank .* is not from 1 to 16, first", prepare, dict(rank=17), dict(rank=0)),
+    ("tau and alpha must be > 0", prepare,
+     dict(tau=0), dict(tau=inf), dict(alpha=0), dict(alpha=inf)),
+    ("lr must be >= 0 and basis_rank >= 1", prepare,
+     dict(lr=-1), dict(lr=inf), dict(lr=nan), dict(basis_rank=0)),
+    ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=-1), dict(lam=inf), dict(lam=nan),
+     dict(s_min=1.1), dict(s_min=-0.1)),
+    ("need the same layers", partial(folora.decompose, rank=2), dict(C_pre={}, C_task={}),
+     dict(C_pre={"a": I3, "b": I3}, C_task={"a": I3})),
+    ("no bases", partial(attach, MLP()), {}),
+    ("leave torch.inference_mode", torch.inference_mode()(partial(attach, MLP(), "first")), {}),
+    ("has adapters already", partial(attach, attach(MLP(), "first"), "second"), {}),
+    (".* to 50 new tokens", partial(sample, None, 1, max_new_tokens=50),
+     dict(min_new_tokens=100), dict(min_new_tokens=0)),
+]
+MISUSED = [                                  # what folora.py does not say yet
+    ("has adapters already", partial(prepare, attach(MLP(), "first")), {}),
+    ("batch.*dict", prepare, dict(batches=[ONES]), dict(batches=[(ONES,)]), dict(batches={"x": 1})),
+    ("first", partial(attach, MLP(8), "first"), {}),                 # another width
+    ("second", partial(attach, MLP(8), "second", "third"), {}),      # another model
+    ("second", partial(attach, nn.ModuleDict({"second": nn.ReLU()}), "second"), {}),
+]
 
 
-I3, X = torch.eye(3), {"x": torch.randn(20, 16)}
-REFUSED = [
-    ("rank 0 is not from 1 to 8, q_", lambda: folora.find_targets(Block(), "q_proj", 0)),
-    ("rank 9 is not from 1 to 8, q_", lambda: folora.find_targets(Block(), "q_proj", 9)),
-    ("gate_proj, but down_proj, k_", lambda: collect(targets=(*BLOCK_TARGETS, "gate_proj"))),
-    ("called .nothing., but down_proj", lambda: collect(targets=())),
-    ("q_proj is quantised", lambda: collect(model=Block().to(torch.float8_e4m3fn))),
-    ("q_proj shares its weight", lambda: collect(model=tied())),
-    ("no token reached q_proj", lambda: collect()),
-    ("inputs of q_proj are not finite", lambda: collect({"x": torch.full((1, 2, 8), math.nan)})),
-    (r"received \(5, 2\) rows where attention_mask is \(2, 5\)",
-     lambda: collect({"x": torch.randn(5, 2, 8), "attention_mask": torch.ones(2, 5)})),
-    *[(r"a covariance \+ 0.1 I is not positive definite",
-       lambda C=C: folora.generalized_eigenbasis(I3, C, 0.1)) for C in (-I3, I3 / 0, math.nan * I3)],
-    ("eigenproblem of a layer", lambda: folora.generalized_eigenbasis(math.nan * I3, I3, 0.1)),
-    *[("lam must be > 0, s_min in", lambda lam=lam, s_min=s_min: prepare(lam=lam, s_min=s_min))
-      for lam, s_min in ((0, 0), (-1, 0), (math.inf, 0), (math.nan, 0), (1, 1.1), (1, -0.1))],
-    *[("is out of range", lambda how=how: folora.SAdam([torch.ones(2)], **dict(lr=0.1) | how))
-      for how in (dict(lr=-1), dict(lr=math.inf), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)),
-                  dict(eps=-1), dict(eps=math.inf), dict(eps=math.nan))],
-    *[("do not fit|needs both", lambda V=V, gate=gate: folora.SAdam(
-        [{"params": [torch.ones(2, 4)], "basis": V, "gate": gate}], 0.1))
-      for V, gate in ((torch.eye(4), None), (None, torch.ones(4)), (torch.eye(3), torch.ones(3)),
-                      (torch.eye(4), torch.ones(3)), (torch.ones(4), torch.ones(())))],
-    ("rank 0 is not from 1 to 3, the input", lambda: folora.null_space(I3, 0)),
-    ("rank 4 is not from 1 to 3, the input", lambda: folora.null_space(I3, 4)),
-    *[("rank .* is not from 1 to 6, the input width, or not A0's|alpha must be > 0 and finite",
-       lambda how=how: folora.LoRALinear(nn.Linear(6, 5), **dict(rank=2) | how))
-      for how in (dict(rank=0), dict(rank=7), dict(A0=torch.ones(3, 6)), dict(A0=torch.ones(2, 5)),
-                  dict(alpha=0), dict(alpha=math.inf))],
-    *[("rank (17|0) is not|tau and alpha must be|lr must be >= 0 and basis_rank >= 1",
-       lambda how=how: prepare(**how))
-      for how in (dict(rank=17), dict(rank=0), dict(tau=0), dict(tau=math.inf), dict(alpha=0),
-                  dict(lr=-1), dict(lr=math.inf), dict(lr=math.nan), dict(basis_rank=0))],
-    ("need the same layers", lambda: folora.decompose({}, {}, 2)),
-    ("need the same layers", lambda: folora.decompose({"a": I3, "b": I3}, {"a": I3}, 2)),
-    ("no bases", lambda: folora.attach(MLP(), [], 0.1)),
-    ("leave torch.inference_mode", torch.inference_mode()(lambda: prepare(batches=[X]))),
-    ("has adapters already", lambda: folora.attach(adapted(), bases_of(names=["first"]), 0.1)),
-    ("has adapters already", lambda: prepare(adapted(), [X], target_modules="second")),
-    ("100 to 50 new tokens", lambda: sample(None, 1, 100, 50)),
-    ("0 to 50 new tokens", lambda: sample(None, 1, 0, 50))]
-WANTED = [                                   # what folora.py does not say yet
-    ("has adapters already", lambda: prepare(adapted())),
-    *[("batch.*dict", lambda batches=batches: prepare(batches=batches))
-      for batches in ([X["x"]], [(X["x"],)], X)]]
-
-
-@pytest.mark.parametrize("message, call", REFUSED + [
-    pytest.param(*row, marks=pytest.mark.xfail(strict=True)) for row in WANTED])
-def test_bad_input_is_refused(message, call):
+@pytest.mark.parametrize("message, call, how", [
+    *((message, call, how) for message, call, *hows in REFUSED for how in hows),
+    *(pytest.param(message, call, how, marks=pytest.mark.xfail(strict=True))
+      for message, call, *hows in MISUSED for how in hows)])
+def test_bad_input_is_refused(message, call, how):
     with pytest.raises(ValueError, match=message):
-        call()
+        call(**how)
 
 
 @pytest.mark.xfail(strict=True)
-@pytest.mark.parametrize("model", [nn.ModuleDict({"first": nn.Linear(16, 4)}), MLP(8),
-                                   nn.ModuleDict({"first": nn.Linear(16, 4), "second": nn.ReLU()})])
-def test_bases_of_another_model_leave_nothing_half_attached(model):
-    with pytest.raises(ValueError, match="first|second"):
-        folora.attach(model, bases_of(), 0.1)
-    assert not any(isinstance(module, folora.LoRALinear) for module in model.modules())
+@pytest.mark.parametrize("model", [MLP(8), nn.ModuleDict({"first": nn.Linear(16, 4)})])
+def test_bases_of_another_model_leave_it_as_it_was(model):
+    with pytest.raises((ValueError, AttributeError)):
+        attach(model, "first", "second")
     assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, folora.LoRALinear) for module in model.modules())
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
@@ -1241,27 +1232,24 @@ def test_lora_null_solves_a_shared_covariance_once(layer):
 def test_a_start_is_pefts(method, alpha, layer, tmp_path):
     peft = pytest.importorskip("peft")
     from peft.tuners.lora import config, corda
-    (base, C), more = layer, {}
+    base, C = layer
+    model = nn.ModuleDict({"q_proj": copy.deepcopy(base)})
+    lora = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"])
     if method == "corda":
         torch.save({"q_proj": C.clone()}, tmp_path / "C.pt")
-        more = dict(init_lora_weights="corda", corda_config=config.CordaConfig(
-            corda_method="kpm", covariance_file=str(tmp_path / "C.pt")))
-    lora = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], **more)
-    model = nn.ModuleDict({"q_proj": copy.deepcopy(base)})
-    if method == "corda":
+        lora.init_lora_weights, lora.corda_config = "corda", config.CordaConfig(
+            corda_method="kpm", covariance_file=str(tmp_path / "C.pt"))
         corda.preprocess_corda(model, lora)
-    theirs = peft.get_peft_model(model, lora).base_model.model["q_proj"]
-    if method == "corda":
         ours = baseline("corda", base, C, alpha)[0]["q_proj"]
-    else:
+    theirs = peft.get_peft_model(model, lora).base_model.model["q_proj"]
+    if method == "lora":
         torch.manual_seed(3)
         theirs.reset_lora_parameters("default", True)
         torch.manual_seed(3)
         ours = folora.LoRALinear(base, 4, alpha)
     A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    signs = torch.sign((ours.lora_A * A).sum(1))                     # of the singular vectors
-    near = dict(rtol=1e-3, atol=1e-4)
-    close(ours.lora_A * signs[:, None], A, **near)
+    signs, near = torch.sign((ours.lora_A * A).sum(1)), dict(rtol=1e-3, atol=1e-4)
+    close(ours.lora_A * signs[:, None], A, **near)                   # signs of singular vectors
     close(ours.lora_B * signs, B, **near)
     close(ours.base_layer.weight, theirs.base_layer.weight, **near)
     assert ours.scaling == theirs.scaling["default"]
@@ -1673,23 +1661,17 @@ def test_a_front_is_read_between_its_points(experiments):
     assert [experiments.kl_at(line, nll) for nll in (2.5, 2.0, 4.0, 1.0)] == [2, 3, 1, None]
 
 
-def test_what_is_fresh_has_chosen_nothing(experiments, tmp_path):
-    rows = [{"question": str(n), "answer": "1"} for n in range(300)]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = SimpleNamespace(model="tiny", data=str(ev.TINY / "train.jsonl"), nq=None, webqs=None,
-                              test=str(tmp_path / "test.jsonl"))
-    suite = experiments.real_suite("fresh", options)[:-1] + (f"nll={options.test}",)
-    rows = [int(row["question"]) for row in experiments.loaded(suite, True)[3]["nll"][0]]
+def test_what_is_fresh_has_chosen_nothing(experiments):
+    """Its test solutions, its held-out text and its seeds are others than the search's."""
     searched = train_math.parse_options(experiments.SUITES["smollm2"].split()).eval_samples
-    assert min(rows) == searched and len(rows) == 128
-    seeds = [{w[3] for w in experiments.wanted(name)} for name in ("smollm2", "fresh")]
-    assert not seeds[0] & seeds[1] and experiments.FRESH_TEXT["seed"] != ev.HELD_OUT_SEED
-    experiments.loaded.cache_clear()
+    assert experiments.FRESH_TEST.start == searched
+    assert experiments.FRESH_TEXT["seed"] != ev.HELD_OUT_SEED
+    seeds = [{run[3] for run in experiments.wanted(name)} for name in ("smollm2", "fresh")]
+    assert not seeds[0] & seeds[1]
 
 
-@pytest.mark.parametrize("row", [{"question": "who", "answer": ["Tom", "T"]},
-                                 {"question": "who", "answers": ["Tom"]}])
-def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny, row):
+def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
+    row = {"question": "who", "answer": ["Tom", "T"]}
     example = experiments.with_answer(tiny[1], "Q: {}?\nA:", row)
     labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
     assert tiny[1].decode(labelled) == " Tom"
