@@ -528,7 +528,7 @@ def test_sampling_replaces_rejects_and_duplicates_and_cuts_at_end_of_sequence():
 @pytest.mark.parametrize("own, configured, wanted", [(5, 6, 5), (None, 6, 6), (None, None, 2)])
 def test_a_text_starts_with_bos_or_else_the_configurations_or_else_eos(own, configured, wanted):
     model = FakeGenerator(bos_token_id=configured)
-    assert {text[0] for text in sample(model, 3, bos=own)} == {wanted}
+    assert {text[0] for text in sample(model, 3, 1, 1, bos=own)} == {wanted}
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
@@ -540,7 +540,7 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("accepted, wanted, rejected", [(0, 100, 64), (2, 10, 64), (2, 100, 100)])
 def test_sampling_gives_up_after_so_many_rejects_in_a_row(accepted, wanted, rejected):
-    queue = [list(range(k, k + 50)) for k in range(accepted)]
+    queue = [list(range(k + 3, k + 53)) for k in range(accepted)]
     model = FakeGenerator(lambda: queue.pop() if queue else [5] * 50)
     with pytest.raises(RuntimeError, match=f"text: .*'exact duplicate': {rejected - 1}}}"):
         sample(model, wanted)
