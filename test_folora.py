@@ -627,15 +627,15 @@ REFUSED = [                                  # (message, call, options that are 
      dict(C_pre={"a": I3, "b": I3}, C_task={"a": I3})),
     ("no bases", partial(attach, MLP()), {}),
     ("leave torch.inference_mode", torch.inference_mode()(partial(attach, MLP(), "first")), {}),
-    ("has adapters already", partial(attach, attach(MLP(), "first"), "second"), {}),
+    ("has adapters already", lambda: attach(attach(MLP(), "first"), "second"), {}),
     (".* to 50 new tokens", partial(sample, None, 1, max_new_tokens=50),
      dict(min_new_tokens=100), dict(min_new_tokens=0)),
 ]
 MISUSED = [                                  # what folora.py does not say yet
-    ("has adapters already", partial(prepare, attach(MLP(), "first")), {}),
+    ("has adapters already", lambda: prepare(attach(MLP(), "first")), {}),
     ("batch.*dict", prepare, dict(batches=[ONES]), dict(batches=[(ONES,)]), dict(batches={"x": 1})),
     ("first", partial(attach, MLP(8), "first"), {}),                 # another width
-    ("second", partial(attach, MLP(8), "second", "third"), {}),      # another model
+    ("third", partial(attach, MLP(8), "second", "third"), {}),       # another model
     ("second", partial(attach, nn.ModuleDict({"second": nn.ReLU()}), "second"), {}),
 ]
 
