@@ -143,6 +143,12 @@ def test_token_counts_beyond_float32_are_exact():
     assert folora._mean_over_processes("x", total, 2 ** 24 + 1).item() == 1 / (2 ** 24 + 1)
 
 
+def test_a_target_is_a_whole_name_or_its_end():
+    model = nn.Sequential(Block())
+    assert [*folora.find_targets(model, "q_proj")] == ["0.q_proj"]
+    assert [*folora.find_targets(model, ["0.q_proj"])] == ["0.q_proj"]
+
+
 def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
     model = Block().train()
     model.q_proj.register_forward_pre_hook(lambda module, args: None)
@@ -596,6 +602,7 @@ REFUSED = [                                  # (message, call, options that are 
      dict(rank=0), dict(rank=9)),
     ("gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
     ("called .nothing., but down_proj", collect, dict(targets=())),
+    ("called proj, but down_proj", collect, dict(targets="proj")),
     ("q_proj is quantised", collect, dict(model=Block().to(torch.float8_e4m3fn))),
     ("q_proj shares its weight", collect, dict(model=TIED, targets=["q_proj"])),
     ("no token reached q_proj", collect, dict(batches=[])),
@@ -649,7 +656,8 @@ def test_misuse_of_folora_is_refused(message, call, how):
 
 
 def test_the_bounds_themselves_are_allowed():
-    """A rank as large as the input, one direction, no learning, a gate that is always open."""
+    """A rank as large as the input, one direction, no learning, an open gate, an eps of zero."""
+    folora.SAdam([ONES], lr=0, betas=(0, 0), eps=0)
     x = torch.randn(40, 16)
     group, _ = prepare(batches=[{"x": x}], rank=16, basis_rank=1, lr=0, s_min=1).param_groups
     assert group["params"][0].shape == (16, 16) and group["basis"].shape == (16, 1)
