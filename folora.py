@@ -104,6 +104,8 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         if uses[id(module.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module (tied): leave it out")
         weight = module.weight
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{name} has adapters already: merge them first")
         if weight.element_size() < 2 or type(weight).__module__.startswith("torchao"):
             raise ValueError(f"{name} is quantised: wrap the model with PEFT's get_peft_model")
         if not 0 < rank <= module.in_features:
@@ -177,6 +179,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         with plain_mode(model), torch.inference_mode(False), torch.no_grad():
             device = next(model.parameters()).device
             for batch in batches:
+                if not hasattr(batch, "items"):
+                    raise ValueError(f"a batch is a dict for model(**batch), not a {type(batch)}")
                 batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
                 mask, last_input = batch.get("attention_mask"), None
                 model(**batch)
@@ -506,7 +510,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     if not bases or any(isinstance(module, LoRALinear) for module in modules.values()):
         raise ValueError("no bases, or the model has adapters already: merge them first")
     for name, V in ((name, basis["V"]) for basis in bases for name in basis["modules"]):
-        if name not in modules or modules[name].in_features != len(V):
+        if getattr(modules.get(name), "in_features", None) != len(V):
             raise ValueError(f"the bases are another model's: {name} is not here or not as wide")
     if not any(map(_factors, modules.values())):
         model.requires_grad_(False)
