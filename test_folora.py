@@ -1123,7 +1123,8 @@ def test_a_run_is_read_from_its_adapter_unless_it_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize("error, status", [
-    (ev.UserError("it is so"), 2), (OSError(28, "it is so"), 2), (KeyboardInterrupt, 2),
+    (ev.UserError("it is so"), 2), (OSError(28, "it is so"), 2),
+    (KeyboardInterrupt(), 2),
     (MemoryError("it is so"), 2), (torch.OutOfMemoryError("it is so\nmore"), 2),
     (RuntimeError("[enforce fail at inline_container.cc:664] it is so"), 2),
     (FloatingPointError("it is so"), 1), (ValueError("it is so"), None)])
