@@ -412,7 +412,7 @@ def recompute(model, on):
     """Gradient checkpointing. Layers take `training` for their sign; what is inside them stays in
     evaluation mode, without dropout."""
     if on:                                           # reentrant, frozen embeddings cut the gradient
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         module.training = bool(on) and hasattr(module, "gradient_checkpointing")
 
