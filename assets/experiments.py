@@ -131,12 +131,19 @@ def cached(options, names, kind, make):
     return torch.load(path)
 
 
+def texts_of(suite, fresh, options):
+    """The calibration texts."""
+    model, tokenizer, *_ = loaded(suite, fresh)
+    make = lambda: train_math.calibration_texts(options, model, tokenizer)
+    return cached(options, TEXTS, "texts", make)
+
+
 def covariances(suite, fresh, options):
     """(C_pre, C_task)"""
-    model, tokenizer, examples, *_ = loaded(suite, fresh)
+    model, _, examples, *_ = loaded(suite, fresh)
 
     def make():
-        texts = train_math.calibration_texts(options, model, tokenizer)
+        texts = texts_of(suite, fresh, options)
         task = [example["ids"] for example in examples[:options.task_samples]]
         return [train_math.covariances(options, model, some, name)
                 for name, some in (("C_pre", texts), ("C_task", task))]
@@ -164,10 +171,11 @@ def trained(suite, fresh, method, flags, change, seed):
         optimizer = train_math.add_adapters(options, model, solved)
         for name in filter(None, (change or "").split(", ")):
             CHANGES[name](optimizer, options)
+    kl_texts = texts_of(suite, fresh, options) if options.kl else ()
     start = time.time()
     with tempfile.TemporaryDirectory() as out:
         probe = train_math.Probe(reference, texts)
-        train_math.train(options, model, optimizer, examples, probe, Path(out))
+        train_math.train(options, model, optimizer, examples, probe, Path(out), kl_texts)
     return folora.merge(model), (time.time() - start) / (options.max_steps or 1)
 
 
@@ -245,7 +253,10 @@ FRONTS = {
     "FoLoRA, lr": ("folora", ["--basis-rank", "128", "--lr"], None, {
         "tiny": RATES + " 2.4e-2", "smollm2": RATES, "gemma3": RATES}),
     FOLORA: ("folora", ["--lr", "3e-3", "--basis-rank"], None, {
-        "smollm2": "64 128 256", "gemma3": "64 128 256", "fresh": "128"}),
+        "smollm2": "64 128 256", "gemma3": "64 128 256", "fresh": "16 32 64 128 256"}),
+    "LoRA + KL": ("lora", ["--lr", "2e-3", "--kl"], None, {"smollm2": "1 3 10"}),
+    "FoLoRA + KL": ("folora", ["--lr", "3e-3", "--basis-rank", "256", "--kl"], None, {
+        "smollm2": "1 3"}),
 }
 ONE_LR = ["--preset", "paper", "--zero-start", "1"]       # B = 0, all directions, one learning rate
 # {suite: {label: (method, flags, change)}}
@@ -286,8 +297,15 @@ ABLATIONS = {"tiny": {
         "--basis-rank", "128", "--lr", "3e-3", "--calibration-samples", "20"], None),
     "k = 128, 16 examples behind C_task": ("folora", [
         "--basis-rank", "128", "--lr", "3e-3", "--task-samples", "16"], None),
-}, "fresh": {f"all directions, s_min = 0, one lr, λ = {lam}": ("folora", [
-    *ONE_LR, "--lam", lam, "--s-min", "0", "--lr", "3e-3"], "one lr") for lam in ("30", "3", "1")}}
+}, "fresh": {
+    **{f"all directions, s_min = 0, one lr, λ = {lam}": ("folora", [
+        *ONE_LR, "--lam", lam, "--s-min", "0", "--lr", "3e-3"], "one lr")
+       for lam in ("30", "3", "1")},
+    **{f"k = 128, {count} {what}": ("folora", [
+        "--lr", "3e-3", "--basis-rank", "128", flag, count], None)
+       for flag, what, counts in (("--calibration-samples", "texts behind C_pre", "10 20 40 160"),
+                                  ("--task-samples", "examples behind C_task", "8 32"))
+       for count in counts.split()}}}
 
 
 def settings(suite):
@@ -412,7 +430,8 @@ def report():
     draw({suite: title for suite, title in titles.items() if read(suite)["runs"]})
 
 
-def main():
+@ev.one_line
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=(*SUITES, "report"))
@@ -422,7 +441,7 @@ def main():
     parser.add_argument("--nq", help="NQ-Open's validation set, .jsonl (default: the hub's)")
     parser.add_argument("--webqs", help="WebQuestions' test set, .jsonl (default: the hub's)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.suite == "report":
         return report()
     if options.suite != "tiny" and not options.model:
