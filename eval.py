@@ -65,7 +65,7 @@ HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_
 # lm-eval's tasks that begin so count as target tasks, all others as preservation.
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
 # How torch and safetensors report a full disk or memory, for which they have no error types.
-FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error")
+FULL = re.compile(r"CPUAllocator|PytorchStreamWriter|inline_container|\(os error (12|27|28)\)")
 CODE_ALLOWED = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
 
@@ -182,7 +182,9 @@ def add_adapter(model, folder):
     """Add scaling * B A of a PEFT adapter to the weights, in float32, and round once."""
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
-    need(not config.get("alpha_pattern"), "alpha_pattern is not supported: merge it with PEFT")
+    changed = re.match("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
+    need(not changed and not config.get("alpha_pattern"), "an alpha_pattern, or a start that has "
+         "changed the base, is not supported: merge it with PEFT")
     for key in [key for key in weights if key.endswith(".lora_A.weight")]:
         A, B = (weights.pop(key.replace("lora_A", side)).float() for side in ("lora_A", "lora_B"))
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

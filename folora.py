@@ -66,8 +66,10 @@ def _factors(layer):
     if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) > 1:
+        raise ValueError(f"{len(active)} adapters are active: choose one with set_adapter")
     factors = [(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in active]
-    return factors[0] if len(factors) == 1 else None
+    return factors[0] if factors else None
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
@@ -83,12 +85,13 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     wrapped = {name: m for name, m in modules.items() if hasattr(m, "base_layer") and _factors(m)}
     for name, module in wrapped.items():
         A, B, _ = _factors(module)
-        if hasattr(module, "parameter_name") or A.ndim != 2:
-            raise ValueError(f"{name} is a convolution or fused experts (target_parameters): leave "
-                             "it out of the LoraConfig")
+        readable = hasattr(module.base_layer, "weight") and not hasattr(module, "parameter_name")
+        if not readable or A.ndim != 2:
+            raise ValueError(f"{name} is a convolution, or fused experts (target_parameters), or "
+                             "has no weight that can be read: leave it out of the LoraConfig")
         if B.any():
-            raise ValueError(f"{name} has been trained, or its start has changed the base: its "
-                             "lora_B is not 0, as init_lora_weights=True leaves it")
+            raise ValueError(f"{name}: lora_B is not 0. Only an adapter that is not trained and "
+                             "has init_lora_weights=True can be prepared")
     if wrapped:
         return wrapped
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
@@ -118,8 +121,7 @@ def plain_mode(model):
     """Evaluation mode and a default generation_config: a chat model's penalties and beams are no
     part of B.4. Both are put back at the end, also after an error."""
     modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "generation_config", None)
-    model.eval().generation_config = config and type(config)()
+    configs = {m: m.generation_config for m in modes if "generation_config" in vars(m)}
     for module in modes:
         # In evaluation mode on a CPU with AVX512-BF16, bitsandbytes (0.50) repacks its 4-bit
         # weights. From then on the layer's input gets no gradient, without a message.
@@ -129,9 +131,13 @@ def plain_mode(model):
                                  "other forward pass")
             module.support_avx512bf16_for_cpu = False
     try:
+        model.eval()
+        for module, config in configs.items():                  # PEFT's wrapper has one, too
+            module.generation_config = config and type(config)()
         yield
     finally:
-        model.generation_config = config
+        for module, config in configs.items():
+            module.generation_config = config
         for module, training in modes.items():
             module.training = training
 
@@ -189,7 +195,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             handle.remove()
     for name in targets:
         if not tokens[first_reader.get(name)]:
-            raise ValueError(f"no token reached {name}: give at least one batch, and such text")
+            raise ValueError(f"no token reached {name}: give at least one batch, of text that does")
     C = {name: _mean_over_processes(name, sums[name], tokens[name])
          for name in targets if name in sums}                   # in one order in all processes
     return {name: C[first_reader[name]] for name in targets}
@@ -212,9 +218,9 @@ def _mean_over_processes(name, total, tokens):
 # Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
 # Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ,  V = H^(-1/2) R:  Vᵀ H V = I and Vᵀ C_task V = Γ
 #
-# Vᵀ H V = I is the reason for all of it: in the coordinates of V, forgetting is the squared length
-# of the step. Adam moves every coordinate by about lr, so without the gate every direction would
-# cost the same forgetting, whatever its use.
+# Since Vᵀ H V = I, forgetting is the squared length of the step in V's coordinates. Adam moves
+# every coordinate by about lr, so without the gate every direction would cost the same forgetting,
+# whatever its use.
 
 def _cholesky(C, *ridges):
     """L (..., d, d) in float64, L Lᵀ = C + ridge · I, with the first ridge that allows it."""
@@ -258,7 +264,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
 
     C_task, C_pre   (..., d, d), symmetric, positive semidefinite, of any rank
     tau             τ > 0, in the units of C_pre's eigenvalues
-    k               the k directions of largest γ, to about 0.1% (None: all d, the paper's)
+    k               the k directions of largest γ, to about 2% (None: all d, the paper's)
     returns         gamma (..., k), descending; V (..., d, k) with Vᵀ H V = I and Vᵀ C_task V = Γ
     ValueError      C_pre + τ I is not positive definite or not finite
 
@@ -369,8 +375,8 @@ class SAdam(torch.optim.Optimizer):
 
 def _refuse_others(optimizer, args, kwargs):
     """A Trainer without `optimizers` would train the adapters with AdamW, without a word."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    if not isinstance(optimizer, SAdam) and any(hasattr(p, "needs_sadam") for p in params):
+    plain = (p for group in optimizer.param_groups if "basis" not in group for p in group["params"])
+    if any(hasattr(p, "needs_sadam") for p in plain):
         raise ValueError("AdamW or another optimiser trains FoLoRA's adapters: give the Trainer "
                          "the one that prepare has returned, optimizers=(optimizer, None)")
 
@@ -407,7 +413,8 @@ class LoRALinear(nn.Linear):
              B0 = κ⁻¹ W0 A0ᵀ. Both: as given.
 
     W_res = W0 - κ B0 A0 takes W0's place, so the layer starts as W0, up to rounding in W0's dtype.
-    A and B are float32 and are cast to the input's dtype where they are applied.
+    A and B are float32 and are cast to the input's dtype where they are applied. Hugging Face's
+    save_pretrained would lose them: save_adapter or merge first.
     """
 
     def __init__(self, linear, rank, alpha=None, A0=None, B0=None):
@@ -467,7 +474,7 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
         pre, task = (_unit([C.pop(name) for name in names][0]) for C in (C_pre, C_task))
         k = None if basis_rank is None or basis_rank >= len(pre) else basis_rank
         gamma, V = generalized_eigenbasis(task, pre, tau, k)
-        basis = {"A0": null_space(pre, rank), "gamma": gamma, "V": V.contiguous()}
+        basis = {"A0": null_space(pre, min(rank, len(pre))), "gamma": gamma, "V": V.contiguous()}
         for tensor in basis.values() if dist.is_available() and dist.is_initialized() else ():
             dist.broadcast(tensor, 0)                           # two solvers may differ
         bases.append({"modules": names, **basis})
@@ -477,60 +484,57 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
 
 
 def _row_length(layer):
-    """The root mean square length of the rows of W0, which may be quantised: W0ᵀ = layer(I)."""
-    base = getattr(layer, "base_layer", layer)
-    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
-    inputs = torch.eye(layer.in_features, dtype=dtype, device=base.weight.device)
-    W = base(inputs) - base(torch.zeros_like(inputs[:1]))       # (d_in, d_out), without the bias
-    return W.float().norm().item() / math.sqrt(W.shape[1])
-
-
-def _start(model, name, A0, alpha, zero_start):
-    """Put an adapter on a layer, or start the one that PEFT has put there. Returns (A, B, κ)."""
-    layer = model.get_submodule(name)
-    if _factors(layer):
-        A, B, _ = _factors(layer)                               # each layer may have its own rank
-        A.data, B.data = A0[:len(A)].to(A.device, copy=True), torch.zeros_like(B, dtype=A0.dtype)
-    else:
-        B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
-        device = layer.weight.device
-        layer = LoRALinear(layer, len(A0), alpha, A0.to(device), B0)
-        model.set_submodule(name, layer)
-    return _factors(layer)
+    """The root mean square length of the rows of W0, which may be quantised if PEFT has wrapped it.
+    """
+    W0 = layer.weight
+    if hasattr(layer, "base_layer"):
+        from peft.utils.integrations import dequantize_module_weight
+        W0 = dequantize_module_weight(layer.base_layer)
+    return W0.float().norm().item() / math.sqrt(layer.out_features)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
-    SAdam that trains the adapters. On a model of PEFT's nothing is frozen or put: its adapters
-    start anew, and what else is trainable in it gets plain Adam at a tenth of lr, as last group."""
+    SAdam that trains the adapters. If PEFT has wrapped the model, its own adapters start anew, and
+    what else is trainable in it gets plain Adam at a tenth of lr, in the last group."""
     gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]       # checked first
     modules = dict(model.named_modules())
     if not bases or any(isinstance(module, LoRALinear) for module in modules.values()):
         raise ValueError("no bases, or the model has adapters already: merge them first")
-    for name, V in ((name, basis["V"]) for basis in bases for name in basis["modules"]):
-        if getattr(modules.get(name), "in_features", None) != len(V):
+    wrapped = any(map(_factors, modules.values()))
+    for name, of_name in ((name, basis) for basis in bases for name in basis["modules"]):
+        if getattr(modules.get(name), "in_features", None) != len(of_name["V"]):
             raise ValueError(f"the bases are another model's: {name} is not here or not as wide")
-    if not any(map(_factors, modules.values())):
+        if wrapped and (not zero_start or len(_factors(modules[name])[0]) > len(of_name["A0"])):
+            raise ValueError("PEFT's adapters need zero_start=True and a basis of their rank")
+    del modules                                                 # or the old layers would stay alive
+    if not wrapped:
         model.requires_grad_(False)
     spectral, plain = [], []
     for basis, gate in zip(bases, gates):
         As = []
         for name in basis["modules"]:
-            length = _row_length(modules[name])
-            A, B, kappa = _start(model, name, basis["A0"], alpha, zero_start)
+            layer, A0 = model.get_submodule(name), basis["A0"]
+            dtype, device = layer.weight.dtype, layer.weight.device
+            if not wrapped:
+                B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
+                layer = LoRALinear(layer, len(A0), alpha, A0.to(device), B0)
+                model.set_submodule(name, layer)
+            A, B, kappa = _factors(layer)
+            if wrapped:                                         # each layer may have its own rank
+                A.data = A0[:len(A)].to(device, copy=True)
+                B.data = torch.zeros_like(B, dtype=A0.dtype)
             # One step from B = 0 makes the rows of κ B about lr times as long as W0's, so that one
-            # lr serves layers and models of every scale. The paper's start has W0's scale in B0.
-            scale = length / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
+            # lr serves layers and models of every scale. The paper's start gets plain Adam for B.
+            scale = _row_length(layer) / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
             plain.append({"params": [B], "scale": scale})
             A.needs_sadam = True
             As.append(A)
         # A bfloat16 basis takes half the memory. float16 would lose small gradients.
-        W0 = getattr(modules[name], "base_layer", modules[name]).weight
-        dtype = torch.bfloat16 if W0.dtype == torch.bfloat16 else torch.float32
-        V, gate = basis["V"].to(A.device, dtype), gate.to(A.device)
-        spectral.append({"params": As, "basis": V, "gate": gate})
+        V = basis["V"].to(device, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        spectral.append({"params": As, "basis": V, "gate": gate.to(device)})
     ours = {id(p) for group in spectral + plain for p in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     plain += [{"params": others, "scale": 0.1}] if others else []
@@ -560,7 +564,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     if any(factors):
         rank = max(len(A) for A, _, _ in factors)
     if any(factors) and not zero_start:
-        raise ValueError("the paper's start changes W0, which PEFT keeps: use zero_start=True")
+        raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
     if not all(0 < x < math.inf for x in (tau, 1 if alpha is None else alpha)):
         raise ValueError(f"tau and alpha must be > 0 and finite, not {tau} and {alpha}")
     if not 0 <= lr < math.inf or not (basis_rank is None or basis_rank >= 1):
@@ -573,7 +577,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
 
 def merge(model):
-    """Fold every adapter into its layer, in place, and return the plain model, still frozen."""
+    """Fold every LoRALinear's adapter into its layer, in place, and return the plain model, still
+    frozen. PEFT's own models have merge_and_unload."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
@@ -587,7 +592,8 @@ def save_adapter(model, directory):
     from safetensors.torch import save_file
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
-        raise ValueError("the model has no LoRALinear: save the adapters before they are merged")
+        raise ValueError("the model has no LoRALinear: PEFT's own models have save_pretrained, and "
+                         "merged ones have no adapter")
     tensors = {}
     for name, layer in layers.items():
         A, B = layer.lora_A.detach(), layer.lora_B.detach()
@@ -597,7 +603,7 @@ def save_adapter(model, directory):
             tensors[f"base_model.model.{name}.{factor}.weight"] = t.cpu().contiguous()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(A),
               "lora_alpha": layer.scaling * len(A),
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+              "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
     Path(directory).mkdir(parents=True, exist_ok=True)
     (Path(directory) / "adapter_config.json").write_text(json.dumps(config, indent=1))

@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 680, 422), ("train_math.py", 575, 440), ("eval.py", 680, 445),
+BUDGETS = [("folora.py", 690, 430), ("train_math.py", 580, 445), ("eval.py", 680, 447),
            ("assets/experiments.py", 460, 340), ("test_folora.py", 1900, 1520)]
 
 
@@ -649,7 +649,7 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
 
 
 @pytest.mark.parametrize("config, message", [
-    (dict(init_lora_weights="pissa"), "q_proj has been trained, or its start has changed the base"),
+    (dict(init_lora_weights="pissa"), "q_proj: lora_B is not 0. Only an adapter"),
     (dict(init_lora_weights="olora"), "lora_B is not 0"), (dict(init_lora_weights=False), "not 0")])
 def test_starts_that_have_changed_the_base_are_refused(config, message, trajectory):
     model, _, inputs, _ = trajectory
@@ -659,7 +659,7 @@ def test_starts_that_have_changed_the_base_are_refused(config, message, trajecto
 
 def test_what_peft_cannot_give_is_refused_by_name(trajectory):
     model, _, inputs, _ = trajectory
-    with pytest.raises(ValueError, match="the paper's start changes W0"):
+    with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
         folora.prepare(wrapped(model), inputs, inputs, lr=1e-2, zero_start=False)
     fused = nn.Sequential(nn.Linear(4, 4))
     fused[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
@@ -697,7 +697,7 @@ def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajecto
           expected, rtol=1e-4, atol=1e-4)
     close(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(**inputs[0]).logits,
           expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="save the adapters before they are merged"):
+    with pytest.raises(ValueError, match="PEFT's own models have save_pretrained"):
         folora.save_adapter(ours, tmp_path)
 
 
@@ -1768,7 +1768,7 @@ def test_the_kl_penalty_is_against_the_pretrained_model(tiny, zero_start):
     ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs]
     optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
     losses(ours, optimizer, batches)
-    kl = train_math.kl_loss(ours, texts)
+    kl = sum(train_math.summed_kl(ours, t) for t in texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
     moved = ours(**inputs[0]).logits
     with train_math.untouched(ours):

@@ -266,7 +266,8 @@ def load(options):
     ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
             f"the {ev.positions(model)} positions of {options.model}")
     if options.calibration_model:                    # its text is used as token ids
-        theirs = ev.load_model(options.calibration_model, device, model.dtype)[1]
+        where = ev.resolve_model(options.calibration_model)
+        theirs = transformers.AutoTokenizer.from_pretrained(where)
         ev.need(theirs.get_vocab() == tokenizer.get_vocab(), "--calibration-model "
                 f"{options.calibration_model} has another tokenizer than {options.model}")
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
@@ -352,39 +353,41 @@ def data_order(count, batch_size, epochs, max_steps, seed):
 
 @contextmanager
 def untouched(model):
-    """The pretrained model, from the same weights: B = 0, or the paper's start, which is part of
-    the weights then."""
+    """The pretrained model, from the same weights: with B = 0 or, where W0 has become W_res, with
+    the start's A0 and B0."""
     layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
     trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
     for m in layers:
         m.lora_A.data, m.lora_B.data = m.start or (m.lora_A.data, torch.zeros_like(m.lora_B))
-    yield
-    for m, (A, B) in zip(layers, trained):
-        m.lora_A.data, m.lora_B.data = A, B
+    try:
+        yield
+    finally:
+        for m, (A, B) in zip(layers, trained):
+            m.lora_A.data, m.lora_B.data = A, B
 
 
-def kl_loss(model, texts):
-    """KL(untouched || now), the mean over all next-token positions of the texts, in nat."""
-    batch = ev.collate(texts, model.device)
+def summed_kl(model, text):
+    """KL(untouched || now), summed over the next-token positions of one text, in nat."""
+    batch = ev.collate([text], model.device)
     with torch.no_grad(), untouched(model):
         log_p = ev.logits_of(model, ev.label_states(model, batch)[0]).log_softmax(-1)
-    states, _ = ev.label_states(model, batch)
-    return ev.summed_kl(log_p, model, states) / len(states)
+    return ev.summed_kl(log_p, model, ev.label_states(model, batch)[0])
 
 
 def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     """Leave the clipped gradient of a list of examples in the parameters: (loss, gradient norm).
     The loss is the mean over all labels of the batch, of which each process and each micro-batch
-    has a part. The gradient has weight * kl_loss(texts) in it as well."""
+    has a part. The gradient of weight * KL(untouched || now) on the texts is added."""
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
     parameters, total = [p for group in optimizer.param_groups for p in group["params"]], 0.0
     for micro in ev.by_length(ev.share(batch), micro_batch_size, lambda e: len(e["ids"])):
         loss = ev.summed_nll(model, ev.collate(micro, model.device)) / labels
         loss.backward()
         total += loss.item()
+    positions = sum(len(text) - 1 for text in texts)
+    for text in ev.share(texts) if weight else ():
+        (weight / positions * summed_kl(model, text)).backward()
     processes = ev.process()[1]
-    if weight:
-        (weight / processes * kl_loss(model, texts)).backward()      # each has the same texts
     for p in parameters if processes > 1 else ():
         dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -409,9 +412,9 @@ class Probe:
 
 
 def recompute(model, on):
-    """Gradient checkpointing. Layers take `training` for their sign; what is inside them stays in
+    """Gradient checkpointing. A layer does it only in training mode; what is inside it stays in
     evaluation mode, without dropout."""
-    if on:                                           # reentrant, frozen embeddings cut the gradient
+    if on:              # the reentrant kind gives no gradient behind frozen embeddings
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         module.training = bool(on) and hasattr(module, "gradient_checkpointing")
@@ -523,7 +526,7 @@ def stages(options, model, tokenizer, examples, tasks, before):
 
 def run(options, before=None):
     """One method, all stages: {"untouched": its scores, or `before`, method: scores}. summary.json
-    is what makes a run finished; what only a resumed run needs goes after it."""
+    is what makes a run finished; the files of STAGES are deleted after that."""
     out, first = Path(options.out), ev.process()[0] == 0
     if not (out / "summary.json").exists():
         loaded = load(options)
