@@ -484,12 +484,19 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
 
 
 def _row_length(layer):
-    """The root mean square length of the rows of W0, which may be quantised if PEFT has wrapped it.
-    """
-    W0 = layer.weight
-    if hasattr(layer, "base_layer"):
-        from peft.utils.integrations import dequantize_module_weight
-        W0 = dequantize_module_weight(layer.base_layer)
+    """The root mean square length of the rows of W0. If PEFT has wrapped the layer, W0 may be
+    quantised: then it is read as the layer's output for the identity, without the bias."""
+    W0, base = layer.weight, getattr(layer, "base_layer", None)
+    if base is not None:
+        dtype = W0.dtype if W0.is_floating_point() else torch.float32
+        # Without requires_grad, bitsandbytes may repack its weights: see plain_mode.
+        inputs = torch.eye(layer.in_features, dtype=dtype, device=W0.device, requires_grad=True)
+        bias = None if base.bias is None else base.bias.clone()
+        if bias is not None:
+            base.bias.zero_()
+        W0 = base(inputs)                                       # (d_in, d_out)
+        if bias is not None:
+            base.bias.copy_(bias)
     return W0.float().norm().item() / math.sqrt(layer.out_features)
 
 

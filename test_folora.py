@@ -42,8 +42,8 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 690, 430), ("train_math.py", 580, 445), ("eval.py", 680, 447),
-           ("assets/experiments.py", 460, 340), ("test_folora.py", 1900, 1520)]
+BUDGETS = [("folora.py", 695, 435), ("train_math.py", 580, 445), ("eval.py", 680, 447),
+           ("assets/experiments.py", 460, 340), ("test_folora.py", 1900, 1525)]
 
 
 def covariance(d, tokens, condition=1.0, seed=0):
@@ -664,7 +664,7 @@ def test_what_peft_cannot_give_is_refused_by_name(trajectory):
     fused = nn.Sequential(nn.Linear(4, 4))
     fused[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.extra"])
-    with pytest.raises(ValueError, match=r"0 is a convolution or fused experts"):
+    with pytest.raises(ValueError, match=r"0 is a convolution, or fused experts"):
         folora.find_targets(peft.get_peft_model(fused, config))
 
 
@@ -1455,7 +1455,12 @@ MOMENTS = ("in the eigenproblems", "first checkpoint.pt half written", "summary.
 @pytest.mark.parametrize("method, more, moment", [(*m, k) for m, k in zip(METHODS, MOMENTS)])
 def test_a_killed_run_goes_on_to_the_same_numbers(method, more, moment, trained, tmp_path):
     whole = kill.result(trained(method, *more)[0])
-    assert kill.kill_and_resume(moment, tmp_path / "cut", command(method, *more)) == whole
+    arguments = [*command(method, *more), "--out", str(tmp_path / "cut")]
+    code = (f"import torch; from assets import kill; torch.set_num_threads(1); "
+            f"assert kill.killed(kill.start({arguments}, kill.MOMENTS[{moment!r}]))[0]")
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)   # TRL's threads cannot fork
+    train_math.main(arguments)
+    assert kill.result(tmp_path / "cut") == whole
 
 
 def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, monkeypatch, capsys):
