@@ -89,11 +89,13 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         if not readable or A.ndim != 2:
             raise ValueError(f"{name} is a convolution, or fused experts (target_parameters), or "
                              "has no weight that can be read: leave it out of the LoraConfig")
-        if B.any():
-            raise ValueError(f"{name}: lora_B is not 0. Only an adapter that is not trained and "
-                             "has init_lora_weights=True can be prepared")
+        if B.any() or not A.requires_grad:
+            raise ValueError(f"{name}: lora_B is not 0, or frozen. Only a trainable adapter that "
+                             "is untrained and has init_lora_weights=True can be prepared")
     if wrapped:
         return wrapped
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in modules.values()):
+        raise ValueError("PEFT has wrapped this model, but not a linear layer with LoRA")
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     matches = lambda name, target: f".{name}".endswith(f".{target}")
@@ -587,6 +589,8 @@ def merge(model):
     """Fold every LoRALinear's adapter into its layer, in place, and return the plain model, still
     frozen. PEFT's own models have merge_and_unload."""
     for name, module in list(model.named_modules()):
+        if not isinstance(module, LoRALinear) and _factors(module):
+            raise ValueError("PEFT has wrapped this model: use its merge_and_unload")
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
     return model

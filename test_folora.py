@@ -42,8 +42,8 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 695, 435), ("train_math.py", 580, 445), ("eval.py", 680, 447),
-           ("assets/experiments.py", 460, 340), ("test_folora.py", 1900, 1525)]
+BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 680, 447),
+           ("assets/experiments.py", 460, 340), ("test_folora.py", 1905, 1530)]
 
 
 def covariance(d, tokens, condition=1.0, seed=0):
@@ -649,9 +649,11 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
 
 
 @pytest.mark.parametrize("config, message", [
-    (dict(init_lora_weights="pissa"), "q_proj: lora_B is not 0. Only an adapter"),
-    (dict(init_lora_weights="olora"), "lora_B is not 0"), (dict(init_lora_weights=False), "not 0")])
-def test_starts_that_have_changed_the_base_are_refused(config, message, trajectory):
+    (dict(init_lora_weights="pissa"), "q_proj: lora_B is not 0"),
+    (dict(init_lora_weights="olora"), "lora_B is not 0"), (dict(init_lora_weights=False), "not 0"),
+    (dict(inference_mode=True), "or frozen"),
+    (dict(target_modules=["embed_tokens"]), "not a linear layer with LoRA")])
+def test_adapters_that_cannot_start_are_refused(config, message, trajectory):
     model, _, inputs, _ = trajectory
     with pytest.raises(ValueError, match=message):
         folora.prepare(wrapped(model, **config), inputs, inputs, lr=1e-2)
@@ -1691,7 +1693,7 @@ train | --log-every 0 | --log-every: must be
 train | --seed -1 | --seed: must be
 train | --seed 1000 | --seed 1000 is reserved for the held-out text
 train | --method milora | invalid choice: 'milora'
-train | --method lora | basis_rank, calibration_samples, compare, task_samples would be
+train | --method lora | --basis-rank, --calibration-samples, --compare, --task-samples would be
 train | --device banana | --device banana: it is cpu, cuda or
 train | --device cuda:99 | --device cuda:99: this torch sees
 train | --steps 5 | unrecognized arguments: --steps 5
@@ -1881,7 +1883,7 @@ def test_a_file_is_no_longer_than_its_budget(name, lines, code):
 def test_the_readme_is_short_and_its_python_runs(tmp_path):
     pytest.importorskip("trl"), pytest.importorskip("bitsandbytes")
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 205 and len(text.split()) <= 1560
+    assert len(text.splitlines()) <= 210 and len(text.split()) <= 1600
     (tmp_path / "tiny").symlink_to(ev.TINY)
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,

@@ -124,7 +124,7 @@ def parse_options(arguments=None, strict=False):
     `strict`, an option that the method ignores is refused."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
         epilog=f"--preset sets {PRESETS}\n--model tiny sets {TINY}, learning rates {TINY_LR}")
     parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
@@ -144,7 +144,8 @@ def parse_options(arguments=None, strict=False):
     ignored = FOLORA_ONLY | (set() if options.kl else WITH_TEXTS) if method == "lora" else set()
     ignored = sorted((ignored | (set() if options.kl else {"kl_texts"})) & given.keys())
     if ignored and strict:
-        parser.error(f"{', '.join(ignored)} would be ignored here: leave it out")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        parser.error(f"{flags} would be ignored here: leave it out")
     if options.seed in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
         parser.error(f"--seed {options.seed} is reserved for the held-out text: choose another")
     return options
