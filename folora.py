@@ -20,11 +20,9 @@ text is sampled from the model itself. A starts in the directions where that tex
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    folora.save_adapter(model, "adapter")                           # a LoRA adapter for PEFT
-    model = folora.merge(model)                                     # or a plain model again
+    folora.save_adapter(model, "adapter")                           # for PEFT, or merge(model)
 
-A model that PEFT has wrapped, also on a quantised base, is prepared by the same call: its own
-lora_A and lora_B are started and trained, and saved by PEFT.
+On a model that PEFT has wrapped, also on a quantised base, prepare starts PEFT's own adapter.
 
     paper             shape                   in code               meaning
     W0                (d_out, d_in)           weight                pretrained weight of a layer
@@ -37,13 +35,14 @@ lora_A and lora_B are started and trained, and saved by PEFT.
 Not included: dense weights (Appendix D), weight decay, convolutions, fused experts.
 Keep torch.set_float32_matmul_precision at its default, "highest".
 """
+import ctypes
 import functools
 import hashlib
 import itertools
 import json
 import math
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -73,13 +72,12 @@ def _factors(layer):
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
-    """The layers to adapt, {full name: module}, in the model's order. If PEFT has wrapped layers of
-    the model, they are the targets, with their active adapter. Else they are nn.Linear modules.
+    """The layers to adapt, {full name: module}, in the model's order: those with an active adapter
+    of PEFT's, if there are any, else the nn.Linear modules that target_modules names.
 
     target_modules   a name or several; each matches a whole name or its end: "q_proj" matches
                      "layers.0.self_attn.q_proj"
-    ValueError       a name matches nothing, a weight is tied, `rank` is too large, or an adapter of
-                     PEFT's cannot start from B = 0
+    ValueError       the layers cannot be adapted, or not with this rank
     """
     modules = dict(model.named_modules())
     wrapped = {name: m for name, m in modules.items() if hasattr(m, "base_layer") and _factors(m)}
@@ -87,11 +85,9 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         A, B, _ = _factors(module)
         readable = hasattr(module.base_layer, "weight") and not hasattr(module, "parameter_name")
         if not readable or A.ndim != 2:
-            raise ValueError(f"{name} is a convolution, or fused experts (target_parameters), or "
-                             "has no weight that can be read: leave it out of the LoraConfig")
+            raise ValueError(f"{name} is fused experts, a convolution or unreadable: leave it out")
         if B.any() or not A.requires_grad:
-            raise ValueError(f"{name}: lora_B is not 0, or frozen. Only a trainable adapter that "
-                             "is untrained and has init_lora_weights=True can be prepared")
+            raise ValueError(f"{name}: lora_B is not 0, or frozen. Use init_lora_weights=True")
     if wrapped:
         return wrapped
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in modules.values()):
@@ -129,8 +125,7 @@ def plain_mode(model):
         # weights. From then on the layer's input gets no gradient, without a message.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                raise ValueError("bitsandbytes has repacked its weights: call prepare before any "
-                                 "other forward pass")
+                raise ValueError("bitsandbytes has repacked its weights: call prepare earlier")
             module.support_avx512bf16_for_cpu = False
     try:
         model.eval()
@@ -142,6 +137,13 @@ def plain_mode(model):
             module.generation_config = config
         for module, training in modes.items():
             module.training = training
+
+
+def _on_device_of(model, batch):
+    if not hasattr(batch, "items"):
+        raise ValueError(f"a batch is a dict for model(**batch), not a {type(batch)}")
+    device = next(model.parameters()).device
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def _real_tokens(name, x, mask):
@@ -165,7 +167,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     ValueError   a layer that no token reached, inputs that are not finite
     """
     targets = find_targets(model, target_modules)
-    sums, tokens, first_reader = {}, Counter(), {}
+    sums, tokens, readers = {}, Counter(), {name: [] for name in targets}
     last_input = last_name = mask = None
 
     def hook(module, args, kwargs, name):
@@ -177,30 +179,27 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             sums[name].addmm_(rows.mT, rows)                    # C += X Xᵀ, where X = rowsᵀ
             tokens[name] += len(rows)
-        if first_reader.setdefault(name, last_name) != last_name:
-            raise ValueError(f"{name} shares its input with another layer in some calls only: "
-                             "leave one of them out")
+        readers[name].append(last_name)                         # who was first in each call
 
     handles = [m.register_forward_pre_hook(functools.partial(hook, name=name), with_kwargs=True)
                for name, m in targets.items()]
     try:
         with plain_mode(model), torch.inference_mode(False), torch.no_grad():
-            device = next(model.parameters()).device
             for batch in batches:
-                if not hasattr(batch, "items"):
-                    raise ValueError(f"a batch is a dict for model(**batch), not a {type(batch)}")
-                batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+                batch = _on_device_of(model, batch)
                 mask, last_input = batch.get("attention_mask"), None
                 model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    for name in targets:
-        if not tokens[first_reader.get(name)]:
+    for name, first in readers.items():
+        if not first or not tokens[first[0]]:
             raise ValueError(f"no token reached {name}: give at least one batch, of text that does")
+        if set(first) != {first[0]} or len(first) != len(readers[first[0]]):
+            raise ValueError(f"{name} shares its input in some calls only: leave it out")
     C = {name: _mean_over_processes(name, sums[name], tokens[name])
          for name in targets if name in sums}                   # in one order in all processes
-    return {name: C[first_reader[name]] for name in targets}
+    return {name: C[first[0]] for name, first in readers.items()}
 
 
 def _mean_over_processes(name, total, tokens):
@@ -239,12 +238,10 @@ def _eigh(M):
     """torch.linalg.eigh. In float32 it may fail on a large low-rank matrix, above all on a GPU:
     then float64 is tried, and at last the CPU."""
     for convert in (lambda M: M, torch.Tensor.double, lambda M: M.double().cpu()):
-        try:
+        with suppress(torch.linalg.LinAlgError):
             values, vectors = torch.linalg.eigh(convert(M))
-        except torch.linalg.LinAlgError:
-            continue
-        if torch.isfinite(values).all() and torch.isfinite(vectors).all():
-            return values.to(M), vectors.to(M)
+            if torch.isfinite(values).all() and torch.isfinite(vectors).all():
+                return values.to(M), vectors.to(M)
     raise ValueError("the eigenproblem of a layer has no finite solution")
 
 
@@ -275,7 +272,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     """
     L, C = _cholesky(C_pre, tau), C_task.to(C_pre.dtype)
     solve = torch.linalg.solve_triangular
-    if k is None:
+    if k is None or k >= C.shape[-1]:
         half = solve(L, C.double(), upper=False)                # L⁻¹ C_task
         M = solve(L, half.mT, upper=False).to(C.dtype)          # L⁻¹ C_task L⁻ᵀ
         gamma, R = (t.flip(-1) for t in _eigh(M))               # Eq. 16: M = R Γ Rᵀ
@@ -421,9 +418,10 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, rank, alpha=None, A0=None, B0=None):
         d_out, d_in = linear.weight.shape
-        if not 0 < rank <= d_in or not (alpha is None or 0 < alpha < math.inf):
-            raise ValueError(f"rank must be from 1 to {d_in}, the input width, and alpha positive, "
-                             f"not {rank} and {alpha}")
+        if not 0 < rank <= d_in or A0 is not None and A0.shape != (rank, d_in):
+            raise ValueError(f"rank {rank} is not from 1 to {d_in}, the input width, or not A0's")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be > 0 and finite (None: scaling 1), not {alpha}")
         super().__init__(d_in, d_out, bias=False, device="meta")
         self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
         self.scaling, self.start = 1.0 if alpha is None else alpha / rank, None
@@ -447,7 +445,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """A plain nn.Linear with W = W_res + κ B A, rounded once to W's dtype."""
+        """A plain nn.Linear with W = W_res + κ B A, rounded to the layer's dtype."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         W = self.weight.float() + self.scaling * self.lora_B @ self.lora_A
         linear.weight, linear.bias = self._frozen(W), self.bias
@@ -474,14 +472,12 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None):
         readers.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
     for names in readers.values():
         pre, task = (_unit([C.pop(name) for name in names][0]) for C in (C_pre, C_task))
-        k = None if basis_rank is None or basis_rank >= len(pre) else basis_rank
-        gamma, V = generalized_eigenbasis(task, pre, tau, k)
+        gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)
         basis = {"A0": null_space(pre, min(rank, len(pre))), "gamma": gamma, "V": V.contiguous()}
         for tensor in basis.values() if dist.is_available() and dist.is_initialized() else ():
             dist.broadcast(tensor, 0)                           # two solvers may differ
         bases.append({"modules": names, **basis})
-        if progress:
-            progress(1)
+        progress and progress(1)
     return bases
 
 
@@ -493,12 +489,8 @@ def _row_length(layer):
         dtype = W0.dtype if W0.is_floating_point() else torch.float32
         # Without requires_grad, bitsandbytes may repack its weights: see plain_mode.
         inputs = torch.eye(layer.in_features, dtype=dtype, device=W0.device, requires_grad=True)
-        bias = None if base.bias is None else base.bias.clone()
-        if bias is not None:
-            base.bias.zero_()
-        W0 = base(inputs)                                       # (d_in, d_out)
-        if bias is not None:
-            base.bias.copy_(bias)
+        no_bias = {} if base.bias is None else {"bias": torch.zeros_like(base.bias)}
+        W0 = torch.func.functional_call(base, no_bias, (inputs,))            # (d_in, d_out)
     return W0.float().norm().item() / math.sqrt(layer.out_features)
 
 
@@ -558,16 +550,13 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     pretrain_batches   batches (dicts for model(**batch)) of text that must not be forgotten
     task_batches       batches of the target task; 256 examples in the paper
     rank, alpha        of the adapters; κ = alpha / rank (None: 1)
-    tau                the ridge τ, relative to the mean eigenvalue of C_pre
+    tau, basis_rank    as in decompose. With more directions the adapter learns and forgets more.
     lam, s_min         the gate's sharpness and floor, Eq. 22
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
-    basis_rank         the number of directions in which A may move (None: all). With more of them
-                       the adapter learns more and forgets more.
     ValueError         before any forward pass: a value out of range, an unknown target
 
     The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
-    first. Covariances take 8 d_in² bytes per distinct input; train_math.py prepares a share of the
-    layers at a time.
+    first. Covariances take 8 d_in² bytes per distinct input.
     """
     factors = [_factors(layer) for layer in find_targets(model, target_modules, rank).values()]
     if any(factors):
@@ -598,27 +587,39 @@ def merge(model):
 
 def save_adapter(model, directory):
     """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
-    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r. Needs
-    safetensors, which comes with transformers. PEFT's own models have save_pretrained instead."""
-    from safetensors.torch import save_file
+    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r. A model
+    that PEFT has wrapped has save_pretrained instead."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
-        raise ValueError("the model has no LoRALinear: PEFT's own models have save_pretrained, and "
-                         "merged ones have no adapter")
+        raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
     tensors = {}
     for name, layer in layers.items():
         A, B = layer.lora_A.detach(), layer.lora_B.detach()
         if layer.start:
             A, B = torch.cat([A, layer.start[0]]), torch.cat([B, -layer.start[1]], dim=1)
         for factor, t in (("lora_A", A), ("lora_B", B)):        # (2 r, d_in), (d_out, 2 r), or r
-            tensors[f"base_model.model.{name}.{factor}.weight"] = t.cpu().contiguous()
+            tensors[f"base_model.model.{name}.{factor}.weight"] = t
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": len(A),
-              "lora_alpha": layer.scaling * len(A),
-              "target_modules": list(layers),
+              "lora_alpha": layer.scaling * len(A), "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file(tensors, Path(directory) / "adapter_model.safetensors", {"format": "pt"})
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "adapter_model.safetensors").write_bytes(_safetensors(tensors))
+
+
+def _safetensors(tensors):
+    """float32 tensors as a file of the safetensors format: the length of a header (8 bytes, little
+    endian), the header (JSON: dtype, shape and place of each tensor), the numbers."""
+    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
+    for name, tensor in tensors.items():
+        values = tensor.float().cpu().contiguous()
+        data += ctypes.string_at(values.data_ptr(), values.nbytes)           # needs no numpy
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [len(data) - values.nbytes, len(data)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                             # the numbers begin at 8 n bytes
+    return len(text).to_bytes(8, "little") + text + data
 
 
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
@@ -666,7 +667,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                    generation_config's is taken, else EOS
     progress       called with 1 for each accepted sample, such as tqdm(total=num_samples).update
     returns        num_samples LongTensors on the CPU, BOS first, in random order; the same ones for
-                   the same seed, batch_size, dtype and device
+                   the same seed, batch_size, dtype (the model's; B.4 has float16) and device
     RuntimeError   more than 64 samples, and ten for each accepted one, are rejected
     """
     if not 0 < min_new_tokens <= max_new_tokens:
@@ -682,13 +683,12 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     with plain_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         while len(kept) < num_samples:
-            count = num_samples - len(kept)
-            for tokens in _candidates(model, count, bos, eos, batch_size, lengths):
-                text = hashlib.sha1(tokenizer.decode(tokens).encode()).digest()
-                reason = "exact duplicate" if text in seen else reject_reason(tokens)
+            for ids in _candidates(model, num_samples - len(kept), bos, eos, batch_size, lengths):
+                text = hashlib.sha1(tokenizer.decode(ids).encode()).digest()
+                reason = "exact duplicate" if text in seen else reject_reason(ids)
                 seen.add(text)
                 if reason is None:
-                    kept.append(torch.tensor([bos, *tokens]))
+                    kept.append(torch.tensor([bos, *ids]))
                     progress and progress(1)
                 rejected += reason is not None
                 if rejected > 64 + 10 * len(kept):

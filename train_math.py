@@ -216,7 +216,8 @@ def read(path):
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            lines = path.read_text().splitlines() or [""]        # an empty file is a damaged one
+            return [json.loads(line) for line in lines]
         return json.loads(path.read_text())
     except (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError):
         again = STAGES.get(path.name, "the whole run")
