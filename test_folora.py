@@ -43,7 +43,7 @@ close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
 BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 680, 447),
-           ("assets/experiments.py", 460, 340), ("test_folora.py", 1925, 1545)]
+           ("assets/experiments.py", 460, 340), ("test_folora.py", 1950, 1565)]
 
 
 def covariance(d, tokens, condition=1.0, seed=0):
@@ -635,7 +635,7 @@ CONFIGS = {        # of PEFT, and how near the losses are to LoRALinear's
     "plain": ({}, SAME), "rsLoRA": (dict(use_rslora=True, lora_alpha=2 * 8 ** 0.5), SAME),
     "gaussian": (dict(init_lora_weights="gaussian"), SAME),
     "dropout": (dict(lora_dropout=0.5), SAME),
-    "rank_pattern": (dict(rank_pattern={"down_proj": 4}, alpha_pattern={"down_proj": 8}), None),
+    "rank_pattern": (dict(rank_pattern={"q_proj": 4, "down_proj": 200}), None),
     "DoRA": (dict(use_dora=True), None), "lora_bias": (dict(lora_bias=True), None),
     "modules_to_save": (dict(modules_to_save=["lm_head"]), None)}
 
@@ -646,6 +646,8 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
     config, tolerance = CONFIGS[name]
     theirs = wrapped(model, **config)
     before = theirs(**batches[0]).loss
+    for p in theirs.parameters() if name == "gaussian" else ():          # prepare makes it float32
+        p.data = p.data.bfloat16() if p.requires_grad else p.data
     optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
     close(theirs.eval()(**batches[0]).loss, before, **SAME)                # the start is the base
     trainable = [p for p in theirs.parameters() if p.requires_grad]
@@ -674,11 +676,31 @@ def test_what_peft_cannot_give_is_refused_by_name(trajectory):
     model, _, inputs, _ = trajectory
     with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
         folora.prepare(wrapped(model), inputs, inputs, lr=1e-2, zero_start=False)
+    with pytest.raises(ValueError, match="use its merge_and_unload"):
+        folora.merge(wrapped(model))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="not a linear layer with LoRA"):
+        folora.find_targets(peft.get_peft_model(copy.deepcopy(model), prompt))
+    two = wrapped(model)
+    two.add_adapter("second", two.peft_config["default"])
+    two.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        folora.find_targets(two)
     fused = nn.Sequential(nn.Linear(4, 4))
     fused[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.extra"])
     with pytest.raises(ValueError, match=r"0 is fused experts, a convolution"):
         folora.find_targets(peft.get_peft_model(fused, config))
+
+
+def test_the_length_of_a_row_is_read_without_the_bias():
+    layer = nn.Linear(32, 16, dtype=torch.bfloat16)
+    nn.init.constant_(layer.bias, 100.0)
+    expected = layer.weight.float().norm(dim=1).square().mean().sqrt().item()
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    theirs = peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    assert folora._row_length(theirs) == pytest.approx(expected)
+    assert (layer.bias == 100).all()
 
 
 def test_gpt2s_conv1d_and_an_encoder_are_prepared():
@@ -705,6 +727,8 @@ def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajecto
                                zero_start=zero_start, **PREPARE)
     losses(ours, optimizer, batches[:4])
     folora.save_adapter(ours, tmp_path)
+    header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
+    assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
     expected = folora.merge(ours)(**inputs[0]).logits
     for loaded in (peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path),
                    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
