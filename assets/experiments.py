@@ -305,7 +305,9 @@ ABLATIONS = {"tiny": {
         "--lr", "3e-3", "--basis-rank", "128", flag, count], None)
        for flag, what, counts in (("--calibration-samples", "texts behind C_pre", "10 20 40 160"),
                                   ("--task-samples", "examples behind C_task", "8 32"))
-       for count in counts.split()}}}
+       for count in counts.split()},
+    **{f"k = {k}, λ = {lam}": ("folora", ["--lr", "3e-3", "--basis-rank", k, "--lam", lam], None)
+       for k in ("64", "128") for lam in ("3", "30")}}}
 
 
 def settings(suite):
