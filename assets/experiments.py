@@ -255,8 +255,7 @@ FRONTS = {
     FOLORA: ("folora", ["--lr", "3e-3", "--basis-rank"], None, {
         "smollm2": "64 128 256", "gemma3": "64 128 256", "fresh": "16 32 64 128 256"}),
     "LoRA + KL": ("lora", ["--lr", "2e-3", "--kl"], None, {"smollm2": "1 3 10"}),
-    "FoLoRA + KL": ("folora", ["--lr", "3e-3", "--basis-rank", "256", "--kl"], None, {
-        "smollm2": "1 3"}),
+    "FoLoRA + KL": ("folora", ["--basis-rank", "256", "--kl"], None, {"smollm2": "1 3"}),
 }
 ONE_LR = ["--preset", "paper", "--zero-start", "1"]       # B = 0, all directions, one learning rate
 # {suite: {label: (method, flags, change)}}
@@ -298,8 +297,8 @@ ABLATIONS = {"tiny": {
     "k = 128, 16 examples behind C_task": ("folora", [
         "--basis-rank", "128", "--lr", "3e-3", "--task-samples", "16"], None),
 }, "fresh": {
-    **{f"all directions, s_min = 0, one lr, λ = {lam}": ("folora", [
-        *ONE_LR, "--lam", lam, "--s-min", "0", "--lr", "3e-3"], "one lr")
+    **{f"all directions, s_min = 0, one lr, λ = {lam}": (
+        "folora", [*ONE_LR, "--lam", lam, "--s-min", "0", "--lr", "3e-3"], "one lr")
        for lam in ("30", "3", "1")},
     **{f"k = 128, {count} {what}": ("folora", [
         "--lr", "3e-3", "--basis-rank", "128", flag, count], None)
@@ -453,8 +452,8 @@ def main(arguments=None):
         setattr(options, name, str(Path(path).resolve()) if path and Path(path).exists() else path)
     os.chdir(HERE.parent)
     CACHE.mkdir(parents=True, exist_ok=True)
-    suite = real_suite(options.suite, options)
-    run_all(options.suite, suite, wanted(options.suite), options.workers)
+    run_all(options.suite, real_suite(options.suite, options), wanted(options.suite),
+            options.workers)
 
 
 if __name__ == "__main__":
