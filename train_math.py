@@ -368,7 +368,7 @@ def untouched(model):
             m.lora_A.data, m.lora_B.data = A, B
 
 
-def summed_kl(model, text):
+def kl_from_untouched(model, text):
     """KL(untouched || now), summed over the next-token positions of one text, in nat."""
     batch = ev.collate([text], model.device)
     with torch.no_grad(), untouched(model):
@@ -388,7 +388,7 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
         total += loss.item()
     positions = sum(len(text) - 1 for text in texts)
     for text in ev.share(texts) if weight else ():
-        (weight / positions * summed_kl(model, text)).backward()
+        (weight / positions * kl_from_untouched(model, text)).backward()
     processes = ev.process()[1]
     for p in parameters if processes > 1 else ():
         dist.all_reduce(p.grad)
