@@ -1,4 +1,4 @@
-"""The published baselines that the README compares with: MiLoRA, CorDA, LoRA-Null and OPLoRA.
+"""The baselines that the README compares with: MiLoRA, CorDA, LoRA-Null, OPLoRA and replay.
 
 Each of them is a LoRALinear of folora.py under Adam, with a start of its own. A start is a pair of
 factors A0 (r, d_in) and B0 (d_out, r). It is computed from the weight W (d_out, d_in), from the
@@ -11,6 +11,7 @@ import functools
 import torch
 from torch.nn.utils import parametrize
 
+import eval as ev
 import folora
 
 
@@ -62,6 +63,11 @@ class Complement(torch.nn.Module):
         if self.dim == 0:
             return factor - self.Q @ (self.Q.mT @ factor)
         return factor - (factor @ self.Q) @ self.Q.mT
+
+
+def replay(model, texts):
+    """The loss of old text, summed over its next tokens, which replay adds to the task's loss."""
+    return ev.summed_nll(model, ev.collate(texts, model.device))
 
 
 # OPLoRA has LoRA's start. LoRA-Null v2 is LoRA-Null with A frozen.
