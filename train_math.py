@@ -23,7 +23,6 @@ import fcntl
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -135,19 +134,21 @@ def resolve(options):
 def claim(out, options):
     """Make and lock the run's directory and write its config.json, or say in one line why not."""
     out.mkdir(parents=True, exist_ok=True)
-    try:                                 # nobody closes this file: it is locked while we live
-        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ev.UserError(f"{out}: another process is at work on this run") from None
-    config = out / "config.json"
-    if {path.name for path in out.iterdir()} <= {"lock", "config.json.part"}:
-        save({"torch": torch.__version__, "options": vars(options)}, config)
-    ev.need(config.exists(), f"{out} holds other files and no run: give another --out")
-    theirs = json.loads(config.read_text()).get("options", {})
+    config, theirs = out / "config.json", vars(options)
+    if config.exists():
+        theirs = json.loads(config.read_text()).get("options", {})
+    elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
+        raise ev.UserError(f"{out} holds other files and no run: give another --out")
     differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
     differ = ", ".join(sorted(differ - RESUME_MAY_CHANGE))
     ev.need(not differ, f"{out} holds a run with another {differ}: give what {config} says to "
             "resume it, or another --out")
+    try:                                 # nobody closes this file: it is locked while we live
+        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ev.UserError(f"{out}: another process is at work on this run") from None
+    if not config.exists():
+        save({"torch": torch.__version__, "options": vars(options)}, config)
 
 
 def save(value, path):
@@ -222,9 +223,9 @@ def calibration_texts(options, model, tokenizer):
 
 
 def covariances(options, model, sequences, name):
-    """Covariances over token lists, with a bar; for C_pre and C_task alike."""
+    """C_pre or C_task over token lists, with a bar. Neither a loss nor most logits are needed."""
     batches = ev.by_length(sequences, options.micro_batch_size)
-    how = {"labels": None, "use_cache": False, "logits_to_keep": 1}      # no loss, next to no logits
+    how = {"labels": None, "use_cache": False, "logits_to_keep": 1}
     inputs = (ev.collate(batch, model.device) | how for batch in tqdm(batches, desc=name))
     return folora.collect_covariances(model, inputs, targets_of(options, model))
 
@@ -359,8 +360,8 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; the checkpoint of step {done} "
-                "is kept. Start again with a lower --lr and another --out")
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; step {done} has a checkpoint."
+                " Start again with a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
         if RANK > 0:

@@ -33,12 +33,11 @@ TOKENIZER = transformers.PreTrainedTokenizerBase
 # cut in half before it gets its name.
 MOMENTS = {
     "config.json half written": ("config.json", 1),
-    "held_out.jsonl half written": ("held_out.jsonl", 1),
-    "untouched.json half written": ("untouched.json", 1),
-    "calibration.jsonl half written": ("calibration.jsonl", 1),
+    "held_out.pt half written": ("held_out.pt", 1),
+    "untouched.pt half written": ("untouched.pt", 1),
+    "calibration.pt half written": ("calibration.pt", 1),
     "in the eigenproblems": (folora, "decompose", 1),
     "prepared.pt half written": ("prepared.pt", 1),
-    "metrics.jsonl half written": ("metrics.jsonl", 1),
     "in the first step": (train_math, "gradients", 1),
     "in step 8": (train_math, "gradients", 8),
     "first checkpoint.pt half written": ("checkpoint.pt", 1),
