@@ -8,15 +8,14 @@
 The run is kept in --out: config.json (all options, versions), metrics.jsonl, summary.json (scores),
 adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
 goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
-table. Another run needs another --out. A line of metrics.jsonl:
+table. Another run needs another --out. A line of metrics.jsonl, written every --log-every steps:
 
     step           optimiser steps done
     loss           mean NLL of the batch's response tokens before the step, in nat
     lr             learning rate of A at that step
     grad_norm      norm of all gradients together, before it is clipped at 1
-    tokens_per_s   tokens trained on, without padding
     drift          KL(untouched || now) in nat per token, at 256 positions spread over held-out text
-                   that the untouched model wrote; measured every --log-every steps, else null
+                   that the untouched model wrote; null between two measurements
 """
 import argparse
 import fcntl
@@ -193,6 +192,7 @@ def targets_of(options, model):
 
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
+    ev.resolve_model(options.model)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     if options.calibration != "self":
         ev.given_texts(options.calibration, options.calibration_samples)
@@ -208,7 +208,8 @@ def load(options):
 
 def calibration_texts(options, model, tokenizer):
     """The token lists behind C_pre."""
-    count, longest = options.calibration_samples, options.calibration_max_tokens
+    longest = min(options.calibration_max_tokens, ev.positions(model) - 1)
+    count = options.calibration_samples
     if options.calibration != "self":
         texts = ev.given_texts(options.calibration, count)
         return [tokenizer(text)["input_ids"][:longest] for text in texts]
@@ -334,23 +335,20 @@ def recompute(model, on):
 
 
 def train(options, model, optimizer, examples, probe, out, texts=()):
-    """The loop: a line of metrics.jsonl for every step, a checkpoint every --log-every steps."""
+    """The loop. Every --log-every steps it writes a checkpoint and metrics.jsonl."""
     batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps,
                          options.seed)
-    saved, log, done, lines = out / "checkpoint.pt", out / "metrics.jsonl", 0, []
+    saved, done, lines = out / "checkpoint.pt", 0, []
     if saved.exists():
         state = torch.load(saved, map_location="cpu")
         done, lines = state["step"], state["lines"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         model.load_state_dict(state["adapters"], strict=False)
     join()                                           # all have read the files of earlier stages
-    if RANK == 0:                                    # lines after the checkpoint are written again
-        log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     recompute(model, options.gradient_checkpointing)
     bar = tqdm(range(done, len(batches)), f"train {options.method}", len(batches), initial=done,
                disable=RANK > 0)
     for step in bar:
-        start = time.perf_counter()
         lr = options.lr * schedule(step, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -364,16 +362,15 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
                 " Start again with a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
-        if RANK > 0:
-            continue                                 # the first process keeps the books
-        speed = sum(len(e["ids"]) for e in batch) / (time.perf_counter() - start)
+        if RANK > 0:                                 # the first process writes the files
+            continue
         due = (step + 1) % options.log_every == 0 or step + 1 == len(batches)
         lines.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
-                      "tokens_per_s": round(speed), "drift": probe(model) if due else None})
-        with log.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+                      "drift": probe(model) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
-        if due:
+        if due:                                      # the checkpoint last: it ends these steps
+            log = "".join(f"{json.dumps(line)}\n" for line in lines)
+            (out / "metrics.jsonl").write_text(log)
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
