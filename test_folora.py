@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 680, 447),
+BUDGETS = [("folora.py", 697, 438), ("train_math.py", 450, 332), ("eval.py", 680, 447),
            ("assets/experiments.py", 460, 340), ("test_folora.py", 1950, 1565)]
 
 
@@ -1450,8 +1450,8 @@ def test_lora_is_compared_in_the_same_run(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.split()[:1] == ["untouched"])
     assert header.split() == ["untouched", "folora", "lora"]
-    option = lambda run: read_json(run / "config.json")["options"]
-    assert (option(out)["lr"], option(out / "lora")["lr"]) == (1e-2, 4e-3)
+    rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
+    assert rates == [1e-2, 4e-3]
     train_math.main(arguments)                       # prints the table
     assert header in capsys.readouterr().out
     weights = load_file(out / "merged" / "model.safetensors")
@@ -1517,7 +1517,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
     assert kill.result(out) == finished and not left
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); input()"
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
 
 
 def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
@@ -1526,7 +1526,7 @@ def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
     stop = lambda *more: stopped(train_math.main, [*arguments, *more], capsys)
     assert "holds a run with another merge, rank: give" in stop("--rank", "4", "--merge", "1")
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-uc", HOLD, tmp_path / "lock"], **pipes) as other:
         other.stdout.readline()
         assert "another process is at work" in stop("--out", tmp_path)
         other.communicate(b"\n")
@@ -1570,7 +1570,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_math.main([*arguments, str(one)])
     done = torchrun("train_math.py", *arguments, two)
-    assert done.stdout.count("Avg1(%)") == done.stderr.count("eigenproblems: 100%") == 1
+    assert done.stdout.count("Avg1(%)") == done.stderr.count("eigenproblems:   0%") == 1
     for method, runs in (("folora", (one, two)), ("lora", (one / "lora", two / "lora"))):
         losses = [[line["loss"] for line in metrics(run)] for run in runs]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -1630,23 +1630,19 @@ FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "cut": GOOD + b'{"
          "five": b'{"text": 5}\n'}
 BAD = [row.split(" | ") for row in """
 train | --lr -1 | --lr: must be from 0
-train | --lr much | --lr: invalid number value: 'much'
 train | --tau nan | --tau: must be from 1e-09
 train | --s-min 2 | --s-min: must be from 0 to 1, not 2
 train | --rank 0 | --rank: must be from 1
 train | --rank 193 | rank 193 is
 train | --max-length 20 | 64 of 64 examples have prompts that fill --max-length 20
 train | --seed 1000 | --seed: must be from 0 to 999
-train | --method milora | invalid choice: 'milora'
 train | --device cuda:99 | --device cuda:99: this torch sees
-train | --steps 5 | unrecognized arguments: --steps 5
 train | --model nowhere | nowhere: no such directory, and no short name
 train | --tasks gsm8k=good.jsonl | good.jsonl, line 1: its answer has no number after ####
 train | --data half.jsonl | half.jsonl, line 2: no field called answer
 train | --calibration five.jsonl | five.jsonl, line 1: no field called text or question
 train | --out good.jsonl | File exists: 'good.jsonl'
 train | --out . | . holds
-eval |  | required: MODEL
 eval | nowhere | nowhere: no such directory
 eval | tiny --dtype int8 | invalid choice
 eval | tiny --tasks= | nothing to score
