@@ -5,7 +5,6 @@ Equations are held against scipy, numpy, torch.optim.Adam, PEFT, or a literal sl
 import ast
 import contextlib
 import copy
-import fcntl
 import functools
 import importlib.util
 import inspect
@@ -42,7 +41,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 680, 447),
+BUDGETS = [("folora.py", 697, 438), ("train_math.py", 450, 332), ("eval.py", 680, 447),
            ("assets/experiments.py", 460, 340), ("test_folora.py", 1950, 1565)]
 
 
@@ -1391,18 +1390,12 @@ TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drif
 METHODS = [("folora", ()), ("lora", ()), ("folora", ("--preset", "paper"))]
 
 
-def script(name, *arguments):
-    command = [sys.executable, str(HERE / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def read_json(path):
     return json.loads(path.read_text())
 
 
-def metrics(out, leave=("tokens_per_s",)):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line if name not in leave} for line in lines]
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def command(method, *more):
@@ -1412,15 +1405,12 @@ def command(method, *more):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(run directory, what it printed) of a method with more options; each is trained once."""
-    runs = {}
-
+    @functools.cache
     def run(method, *more):
-        if (method, *more) not in runs:
-            out, printed = tmp_path_factory.mktemp("runs") / method, io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                train_math.main(command(method, *more, "--out", str(out)))
-            runs[method, *more] = out, printed.getvalue()
-        return runs[method, *more]
+        out, printed = tmp_path_factory.mktemp("runs") / method, io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            train_math.main(command(method, *more, "--out", str(out)))
+        return out, printed.getvalue()
     return run
 
 
@@ -1439,37 +1429,29 @@ def stopped(main, arguments, capsys, status=2):
 @pytest.mark.parametrize("method, more", METHODS)
 def test_training_writes_its_run(method, more, trained):
     out, printed = trained(method, *more)
-    rows = ("untouched", method, "gsm8k", "facts", "nll", "drift", "Avg1", "Avg1(%)", "Avg2", "GM")
-    assert all(row in printed for row in rows)
+    assert all(row in printed for row in ("untouched", method, "gsm8k", "facts", "nll", "Avg1(%)"))
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all({"loss", "lr", "grad_norm", "drift"} == set(line) - {"step"} for line in lines)
+    assert all(f"\n    {name}   " in train_math.__doc__ for name in lines[0])
     assert [line["drift"] is not None for line in lines] == [False, True] * 3
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"] == pytest.approx(1.784, abs=1e-3)
     config, scores = read_json(out / "config.json"), read_json(out / "summary.json")["scores"]
-    assert config["options"]["rank"] == 8 and config["versions"]["torch"] == torch.__version__
+    assert config["options"]["rank"] == 8 and config["torch"] == torch.__version__
     left = sorted(p.name for p in out.iterdir())
     assert left == ["adapter", "config.json", "metrics.jsonl", "summary.json"]
     assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
 
 
-def test_methods_start_at_the_same_function_and_end_at_different_ones(trained):
-    losses = [[line["loss"] for line in metrics(trained(m, *more)[0])] for m, more in METHODS]
-    assert all(line[0] == pytest.approx(losses[0][0], rel=1e-4) for line in losses)
-    assert len({line[-1] for line in losses}) == 3
-
-
 def test_lora_is_compared_in_the_same_run(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = [*FAST, "--tasks", "drift", "--lr", "1e-2", "--compare", "lora", "--merge", "1"]
-    arguments += ["--out", str(out), "--target-modules", "q_proj,down_proj"]
+    arguments = [*FAST, *"--tasks drift --lr 1e-2 --compare lora --merge 1 --out".split(), str(out)]
+    arguments += ["--target-modules", "q_proj,down_proj"]
     train_math.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.split()[:1] == ["untouched"])
     assert header.split() == ["untouched", "folora", "lora"]
-    option = lambda run: read_json(run / "config.json")["options"]
-    assert (option(out)["method"], option(out / "lora")["method"]) == ("folora", "lora")
-    assert (option(out)["lr"], option(out / "lora")["lr"]) == (1e-2, 4e-3)
+    rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
+    assert rates == [1e-2, 4e-3]
     train_math.main(arguments)                       # prints the table
     assert header in capsys.readouterr().out
     weights = load_file(out / "merged" / "model.safetensors")
@@ -1479,12 +1461,6 @@ def test_lora_is_compared_in_the_same_run(tmp_path, capsys):
     for name, weight in weights.items():
         close(again[name], weight)
         assert torch.equal(weight, plain[name]) != ("q_proj" in name or "down_proj" in name)
-
-
-def test_all_linear_is_every_linear_layer_but_the_head():
-    model = ev.load_model("tiny", CPU, torch.float32)[0]
-    names = train_math.targets_of(SimpleNamespace(target_modules="all-linear"), model)
-    assert set(names) == set(folora.find_targets(model)) and "lm_head" not in names
 
 
 def test_eval_reads_a_run(trained, capsys):
@@ -1513,89 +1489,56 @@ def test_a_killed_run_goes_on_to_the_same_numbers(method, more, moment, trained,
 
 
 def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, monkeypatch, capsys):
-    """A full disk at several sizes, Ctrl-C, NaN, a damaged file. No stage is repeated in vain."""
+    """A full disk, then NaN in step 4, then Ctrl-C in step 3. What is finished is not repeated."""
     out, finished = tmp_path / "run", kill.result(trained("folora")[0])
     arguments = command("folora", "--out", str(out))
-    stop = lambda status=2: stopped(train_math.main, arguments, capsys, status)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size, last in ((1500, "held_out.jsonl.part"), (300_000, "prepared.pt.part")):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            assert re.search("File too large|disk full", stop())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert (out / last).exists()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        line = stopped(train_math.main, arguments, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert re.search("File too large|disk full", line) and (out / "prepared.pt.part").exists()
     monkeypatch.setattr(train_math, "calibration_texts", None)
-    real, calls = train_math.gradients, []
-    errors = {5: KeyboardInterrupt, 6: torch.OutOfMemoryError}
+    real, left = train_math.gradients, ["", "", "", "nan", "stop"]
 
-    def gradients(*args):                            # NaN in step 4, then two errors in step 3
-        calls.append(1)
-        if len(calls) in errors:
-            raise errors[len(calls)]
-        return (math.nan, 1.0) if len(calls) == 4 else real(*args)
+    def gradients(*args):
+        what = left.pop(0) if left else ""
+        if what == "stop":
+            raise KeyboardInterrupt
+        return (math.nan, 1.0) if what == "nan" else real(*args)
     monkeypatch.setattr(train_math, "gradients", gradients)
-    line = stop(status=1)
-    assert "step 4: loss nan, gradient_norm 1.0; the checkpoint of step 2 is kept" in line
-    assert len(metrics(out)) == 3 and torch.load(out / "checkpoint.pt")["step"] == 2
-    assert f"interrupted: the same command with --out {out}" in stop()
-    assert "out of memory: lower --micro-batch-size" in stop() and len(metrics(out)) == 2
-    for name in ("untouched.json", "checkpoint.pt"):
-        whole = (out / name).read_bytes()
-        (out / name).write_bytes(whole[:-9])
-        assert f"{name} is damaged: delete it, and {train_math.STAGES[name]} is done" in stop()
-        (out / name).write_bytes(whole)
+    line = stopped(train_math.main, arguments, capsys, status=1)
+    assert "step 4: loss nan, gradient norm 1.0; step 2 has a checkpoint" in line
+    assert len(metrics(out)) == torch.load(out / "checkpoint.pt")["step"] == 2
     monkeypatch.setattr(folora, "decompose", None)
+    assert "interrupted" in stopped(train_math.main, arguments, capsys)
     train_math.main(arguments)
-    assert kill.result(out) == finished
+    assert kill.result(out) == finished and not left
 
 
-def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys, monkeypatch):
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
+
+
+def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
     out, _ = trained("folora")
     arguments = command("folora", "--out", str(out))
     stop = lambda *more: stopped(train_math.main, [*arguments, *more], capsys)
-    assert "holds a run with --rank 8" in stop("--rank", "4")
-    assert "holds a run with --merge 0" in stop("--merge", "1")
+    assert "holds a run with another merge, rank: give" in stop("--rank", "4", "--merge", "1")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-uc", HOLD, tmp_path / "lock"], **pipes) as other:
+        other.stdout.readline()
+        assert "another process is at work" in stop("--out", tmp_path)
+        other.communicate(b"\n")
     (tmp_path / "notes.txt").write_text("mine")
-    assert "holds notes.txt and no run" in stop("--out", tmp_path)
+    assert "holds other files and no run" in stop("--out", tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": []}')
-    assert "holds no run's config.json" in stop("--out", tmp_path)
-    other = os.open(tmp_path.parent, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    assert "another process is at work" in stop("--out", tmp_path.parent)
-    os.close(other)
-    monkeypatch.setattr(ev, "pick_device", lambda *_: (torch.device("cuda:3"), torch.float32))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert "holds a run with --device cpu" in stop()
-    options = train_math.parse_options([])           # of a GPU, the number is not kept
-    train_math.resolve(options)
-    assert options.device == "cuda"
-
-
-@pytest.mark.parametrize("texts, warns", [([[0] * 300] * 4, True), ([[1] * 600, [2] * 600], False),
-                                          ([[1] * 500, [2] * 500], True)])
-def test_calibration_text_that_says_little_is_reported(texts, warns, capsys, monkeypatch):
-    model, options = ev.load_model("tiny", CPU, torch.float32)[0], train_math.parse_options([])
-    monkeypatch.setattr(train_math, "covariances", lambda *_: {})
-    monkeypatch.setattr(folora, "decompose", lambda *_, **__: [])
-    train_math.solve(options, model, texts, [])
-    assert ("at least 1024 tokens" in capsys.readouterr().err) == warns
+    assert "holds a run with another basis_rank, batch_size, " in stop("--out", tmp_path)
 
 
 def some_examples(tokenizer, count):
     rows = ev.read_rows(str(ev.TINY / "train.jsonl"), limit=count)
     return ev.encode_all(tokenizer, ev.to_pairs(rows, "train"), 256)
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch():
-    model, tokenizer = ev.load_model("tiny", CPU, torch.float32)
-    examples, seen, parameters = some_examples(tokenizer, 6), [], list(model.parameters())
-    for micro in (6, 2):
-        model.zero_grad()
-        groups = SimpleNamespace(param_groups=[{"params": parameters}])
-        seen.append((train_math.gradients(model, groups, examples, micro),
-                     [p.grad.clone() for p in parameters]))
-    close(*seen, rtol=1e-3, atol=1e-5)
 
 
 def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
@@ -1615,60 +1558,46 @@ def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
 
 def torchrun(*command):
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, cwd=HERE,
-                          env=environment)
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def test_two_processes_do_what_one_does(tmp_path, monkeypatch):
-    """The same global batch under torchrun: the same losses, scores and merged weights. Both start
-    from one prepared.pt, because two sums of the same tokens differ in their last digit."""
-    arguments = [*FAST, "--tasks", f"facts,nll={ev.TINY / 'test.jsonl'},drift"]
-    real, one, two = train_math.train, tmp_path / "one", tmp_path / "two"
-    copied = lambda *args: shutil.copytree(one, two) and real(*args)
-    monkeypatch.setattr(train_math, "train", copied)
-    train_math.main([*arguments, "--out", str(one)])
-    done = torchrun("train_math.py", *arguments, "--out", two)
-    assert done.stdout.count("Avg1(%)") == 1 and "eigenproblems" not in done.stderr
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        a, b = ({name: value or 0 for name, value in line.items()} for line in (a, b))
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    scores = [read_json(run / "summary.json")["scores"]["folora"] for run in (one, two)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
-    load = lambda run: ev.load_model(str(run), torch.device("cpu"), torch.float32)[0].state_dict()
-    one, two = load(one), load(two)
-    assert all((one[name] - two[name]).norm() < 1e-5 * one[name].norm() for name in one)
+def test_two_processes_do_what_one_does(tmp_path):
+    """The same batch and KL texts, divided by torchrun: the same losses, scores and weights."""
+    arguments = [*FAST, *"--compare lora --kl 2 --kl-texts 3 --tasks facts,drift --out".split()]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_math.main([*arguments, str(one)])
+    done = torchrun("train_math.py", *arguments, two)
+    assert done.stdout.count("Avg1(%)") == done.stderr.count("eigenproblems:   0%") == 1
+    for method, runs in (("folora", (one, two)), ("lora", (one / "lora", two / "lora"))):
+        losses = [[line["loss"] for line in metrics(run)] for run in runs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        scores = [read_json(run / "summary.json")["scores"][method] for run in runs]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
+        a, b = (ev.load_model(str(run), CPU, torch.float32)[0].state_dict() for run in runs)
+        assert all((a[name] - b[name]).norm() < 1e-5 * a[name].norm() for name in a)
 
 
-SHARED_WORK = """
-import copy, os, sys, torch, torch.distributed.nn, folora
+SHARDED = """
+import copy, os, torch, folora
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from test_folora import Block, BLOCK_TARGETS
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(torch.distributed.get_rank())         # each process would have another basis
+basis, = folora.decompose(*({"layer": X.mT @ X} for X in torch.randn(2, 50, 8)), 2)
+copies = [torch.empty_like(basis["V"]) for _ in range(2)]
+torch.distributed.all_gather(copies, basis["V"])
+assert torch.equal(*copies)
 torch.manual_seed(0)
-model, texts = Block(), [{"x": torch.randn(n, 8)} for n in (90, 70, 40)]
-scaled = [{"x": t["x"] * torch.arange(1, 9)} for t in texts]
-process, world = 0, 1
-if len(sys.argv) > 2:
-    torch.distributed.init_process_group("gloo")
-    process, world = torch.distributed.get_rank(), 2
-C = [folora.collect_covariances(model, t[process::world], BLOCK_TARGETS) for t in (texts, scaled)]
-bases = folora.decompose(*map(dict, C), 2)
-torch.save((*C, bases), f"{sys.argv[1]}-{process}.pt")
-if world == 1:
-    sys.exit()
-nn, x = torch.nn, texts[0]["x"]
-whole = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-spectral = folora.prepare(whole, [{"input": x}], [{"input": scaled[0]["x"]}], lr=1e-2, rank=4,
-                          target_modules=("0", "2"), basis_rank=5)
+x, whole = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
+optimizer = folora.prepare(whole, [{"input": x}], [{"input": x * torch.arange(1, 9)}], lr=1e-2,
+                           rank=4, target_modules="0", basis_rank=5)
 sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
-groups = [{**{k: group[k] for k in ("basis", "gate")}, "params": [sharded[i].lora_A]}
-          for i, group in zip((0, 2), spectral.param_groups)]
-groups += [{"params": [sharded[i].lora_B], "scale": group["scale"]}
-           for i, group in zip((0, 2), spectral.param_groups[2:])]
-for net, optimizer in ((whole, spectral), (sharded, folora.SAdam(groups, lr=1e-2))):
+factors = sharded[0].lora_A, sharded[0].lora_B
+groups = [{**group, "params": [p]} for group, p in zip(optimizer.param_groups, factors)]
+for net, optimizer in ((whole, optimizer), (sharded, folora.SAdam(groups, lr=1e-2))):
     for _ in range(3):
         net(x).square().mean().backward()
         optimizer.step()
@@ -1676,29 +1605,13 @@ for net, optimizer in ((whole, spectral), (sharded, folora.SAdam(groups, lr=1e-2
 for a, b in zip(whole.parameters(), sharded.parameters()):
     torch.testing.assert_close(a, b.full_tensor())
     assert len(b.to_local()) * 2 == len(a)
-torch.distributed.destroy_process_group()
-os._exit(0)                                  # gloo's threads may abort an ordinary exit
+os._exit(0)                                             # gloo's threads may abort an ordinary exit
 """
 
 
-def test_two_processes_share_covariances_and_bases(tmp_path):
-    """Each sees its share of the text, and both have the covariances and the bases of the whole.
-    Where FSDP2 shards A, SAdam moves the shards as it moves the whole."""
-    (tmp_path / "work.py").write_text(SHARED_WORK)
-    subprocess.run([sys.executable, str(tmp_path / "work.py"), str(tmp_path / "one")], check=True,
-                   env={**os.environ, "PYTHONPATH": str(HERE)})
-    torchrun(tmp_path / "work.py", tmp_path / "two", "distributed")
-    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
-    for a, b, c in zip(one[2], two[0][2], two[1][2], strict=True):
-        assert a["modules"] == b["modules"] == c["modules"]
-        close(a["gamma"], b["gamma"], rtol=1e-4, atol=1e-5)
-        close(a["V"].abs(), b["V"].abs(), rtol=1e-3, atol=1e-3)
-        close(a["A0"].abs(), b["A0"].abs(), rtol=1e-3, atol=1e-3)
-        assert all(torch.equal(b[name], c[name]) for name in ("A0", "gamma", "V"))
-    for i in (0, 1):
-        for name in one[i]:
-            close(one[i][name], two[0][i][name], rtol=1e-5, atol=1e-5)
-            assert torch.equal(two[0][i][name], two[1][i][name])
+def test_processes_share_bases_and_sadam_moves_shards_as_the_whole(tmp_path):
+    (tmp_path / "work.py").write_text(SHARDED)
+    torchrun(tmp_path / "work.py")
 
 
 def test_schedule_and_order_of_the_data():
@@ -1713,72 +1626,28 @@ def test_schedule_and_order_of_the_data():
 
 
 GOOD = b'{"question": "q", "answer": "a"}\n'
-FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[1, 2]\n",
-         "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
-         "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
+FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "cut": GOOD + b'{"question"\n',
+         "five": b'{"text": 5}\n'}
 BAD = [row.split(" | ") for row in """
 train | --lr -1 | --lr: must be from 0
-train | --lr inf | --lr: must be from 0
-train | --lr much | --lr: invalid number value: 'much'
-train | --lr | --lr: expected one argument
-train | --lam 0 | --lam: must be from 1e-09
-train | --tau nan | --tau: must be
-train | --alpha 1e-300 | --alpha: must be
+train | --tau nan | --tau: must be from 1e-09
 train | --s-min 2 | --s-min: must be from 0 to 1, not 2
-train | --zero-start 2 | --zero-start: must be
-train | --basis-rank -1 | --basis-rank: must be
 train | --rank 0 | --rank: must be from 1
-train | --rank 193 | rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width
-train | --epochs 0 | --epochs: must be
-train | --max-steps 0 | --max-steps: must be
-train | --batch-size 0 | --batch-size: must be
+train | --rank 193 | rank 193 is
 train | --max-length 20 | 64 of 64 examples have prompts that fill --max-length 20
-train | --max-length 513 | beyond the 512 positions of tiny
-train | --calibration-max-tokens 512 | beyond the 512 positions of tiny
-train | --calibration-samples 0 | --calibration-samples: must be
-train | --log-every 0 | --log-every: must be
-train | --seed -1 | --seed: must be
-train | --seed 1000 | --seed 1000 is reserved for the held-out text
-train | --method milora | invalid choice: 'milora'
-train | --method lora | --basis-rank, --calibration-samples, --compare, --task-samples would be
-train | --device banana | --device banana: it is cpu, cuda or
+train | --seed 1000 | --seed: must be from 0 to 999
 train | --device cuda:99 | --device cuda:99: this torch sees
-train | --steps 5 | unrecognized arguments: --steps 5
-train | --target-modules nothing | no nn.Linear is called nothing
-train | --target-modules lm_head | lm_head shares its weight
 train | --model nowhere | nowhere: no such directory, and no short name
-train | --model runs/nowhere | runs/nowhere: no such directory
-train | --model good.jsonl | good.jsonl: neither a checkpoint
-train | --calibration-model nowhere | nowhere: no such directory
-train | --tasks facts,trivia | unknown task trivia
-train | --tasks nll=gone.jsonl | gone.jsonl: no such file
 train | --tasks gsm8k=good.jsonl | good.jsonl, line 1: its answer has no number after ####
-train | --tasks facts=half.jsonl | half.jsonl, line 2: no field called answers or answer
-train | --data gone.jsonl | gone.jsonl: no such file
 train | --data half.jsonl | half.jsonl, line 2: no field called answer
-train | --data list.jsonl | list.jsonl, line 2: not JSON with fields
-train | --data cut.jsonl | cut.jsonl, line 2: not JSON
-train | --data latin.jsonl | latin.jsonl, line 1: not JSON with fields, {...}, in UTF-8
-train | --data null.jsonl | null.jsonl, line 1: no field called question
-train | --data none.jsonl | none.jsonl: no rows
-train | --calibration gone.jsonl | gone.jsonl: no such file
 train | --calibration five.jsonl | five.jsonl, line 1: no field called text or question
-train | --out good.jsonl | --out good.jsonl cannot be made
-train | --out good.jsonl/run | --out good.jsonl/run cannot be made
+train | --out good.jsonl | File exists: 'good.jsonl'
 train | --out . | . holds
-eval |  | required: MODEL
 eval | nowhere | nowhere: no such directory
-eval | good.jsonl | good.jsonl: neither a checkpoint
-eval | tiny --limit 0 | --limit
-eval | tiny --limit few | --limit: invalid int value: 'few'
 eval | tiny --dtype int8 | invalid choice
-eval | tiny --device banana | --device banana: it is cpu, cuda or
-eval | tiny --tasks trivia | unknown task trivia
 eval | tiny --tasks= | nothing to score
 eval | tiny --tasks nll=cut.jsonl | cut.jsonl, line 2: not JSON
-eval | tiny --tasks facts=none.jsonl | none.jsonl: no rows
 eval | tiny --harness mmlu | pip install lm-eval
-eval | tiny --banana 5 | unrecognized arguments: --banana 5
 """.strip().splitlines()]
 
 
@@ -1793,47 +1662,40 @@ def test_bad_input_gets_one_line_before_any_work(name, arguments, words, tmp_pat
     state = lambda: {str(path): path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     before, given = state(), [*FAST, "--out", "run"] if name == "train" else []
     main = {"train": train_math.main, "eval": ev.main}[name]
-    line = stopped(main, [*given, *arguments.split()], capsys)
-    assert words in line and state() == before
+    assert words in stopped(main, [*given, *arguments.split()], capsys) and state() == before
 
 
-def test_short_names_and_defaults(capsys):
-    names = {"Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B", "Llama-2-7b": "meta-llama/Llama-2-7b-hf",
-             "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M", "owner/name": "owner/name"}
-    assert {name: ev.resolve_model(name) for name in names} == names
+def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     paper = train_math.parse_options("--model Qwen2.5-1.5B --preset paper".split())
     wanted = dict(rank=128, lam=1.0, s_min=0.3, batch_size=128, max_length=512, basis_rank=0,
-                  calibration_samples=2000, task_samples=256, zero_start=0, compare="no")
+                  calibration_samples=2000, task_samples=256, zero_start=0, compare="no", lr=3e-4)
     assert {name: getattr(paper, name) for name in wanted} == wanted
     tuned = train_math.parse_options(["--lam", "2", "--rank", "16"])
-    wanted = {**train_math.TINY, "lam": 2.0, "s_min": 0.0, "zero_start": 1, "rank": 16}
+    wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.2e-2)
     assert {name: getattr(tuned, name) for name in wanted} == wanted
-    assert train_math.parse_options(["--model", str(ev.TINY)]).rank == 32
-    assert "facts" in ev.default_tasks(str(ev.TINY))
+    assert train_math.parse_options(["--model", str(ev.TINY), "--method", "lora"]).lr == 4e-3
     assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)
     with pytest.raises(SystemExit):
         train_math.main(["--help"])
-    assert "--basis-rank" in capsys.readouterr().out
+    assert "more forgets less [the paper's] (None)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("zero_start", [True, False])
-def test_the_kl_penalty_is_against_the_pretrained_model(tiny, zero_start):
+def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(tiny, zero_start):
     model, (batches, inputs) = tiny[0], batches_of(tiny[1], 8)
     ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs]
     optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
     losses(ours, optimizer, batches)
+    moved = ours(**inputs[0]).logits
     kl = sum(train_math.kl_from_untouched(ours, t) for t in texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
-    moved = ours(**inputs[0]).logits
-    with train_math.untouched(ours):
-        close(ours(**inputs[0]).logits, model(**inputs[0]).logits, rtol=1e-3, atol=1e-3)
     assert torch.equal(ours(**inputs[0]).logits, moved)
     parameters = [p for p in ours.parameters() if p.requires_grad]
-    examples = some_examples(tiny[1], 2)
-    loss = train_math.ev.summed_nll(ours, ev.collate(examples, CPU))
+    examples = some_examples(tiny[1], 2)             # two micro-batches of one
+    loss = ev.summed_nll(ours, ev.collate(examples, CPU))
     labels = sum(label != -100 for e in examples for label in e["labels"][1:])
     expected = torch.autograd.grad(loss / labels + 5 * kl, parameters)
-    _, norm = train_math.gradients(ours, optimizer, examples, 2, 5.0, texts)
+    _, norm = train_math.gradients(ours, optimizer, examples, 1, 5.0, texts)
     assert norm == pytest.approx(sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-4)
 
 

@@ -7,60 +7,44 @@
 
 The run is kept in --out: config.json (all options, versions), metrics.jsonl, summary.json (scores),
 adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
-with the same --out resumes an interrupted run and ends with the same numbers.
-A line of metrics.jsonl:
+goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
+table. Another run needs another --out. A line of metrics.jsonl, written every --log-every steps:
 
     step           optimiser steps done
     loss           mean NLL of the batch's response tokens before the step, in nat
     lr             learning rate of A at that step
     grad_norm      norm of all gradients together, before it is clipped at 1
-    tokens_per_s   tokens trained on, without padding
     drift          KL(untouched || now) in nat per token, at 256 positions spread over held-out text
-                   that the untouched model wrote; measured every --log-every steps, else null
+                   that the untouched model wrote; null between two measurements
 """
 import argparse
 import fcntl
-import functools
 import json
 import math
 import os
-import pickle
-import sys
 import time
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-
-if int(os.environ.get("RANK", 0)):       # one bar for all processes: tqdm reads this when imported
-    os.environ["TQDM_DISABLE"] = "1"
 
 import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 
 import eval as ev
 import folora
 
+# torchrun starts WORLD processes. They share the training; all else is the work of the first.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --preset and --model tiny set, where the command line does not.
-PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, lr=3e-3,
-                         calibration_samples=256),
-           "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, lr=3e-4,
-                         calibration_samples=2000)}
+PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=256),
+           "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, calibration_samples=2000)}
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=3200, batch_size=32,
-            micro_batch_size=8, max_length=256, calibration_samples=256, calibration_max_tokens=224,
-            passes=1, eval_samples=200, compare="lora")
-TINY_LR = {"tuned": 1.2e-2, "paper": 6e-3}
-LORA_LR = {True: 4e-3, False: 1e-3}      # of plain LoRA, for tiny and for other models
-RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "passes", "compare"}
-FOLORA_ONLY = {"preset", "compare", "lam", "s_min", "basis_rank", "zero_start", "tau", "passes",
-               "task_samples"}
-WITH_TEXTS = {"calibration", "calibration_samples", "calibration_model"}       # or with --kl
-# The files of an unfinished run, and what has to be done again without them.
-STAGES = {"held_out.jsonl": "the sampling of held-out text",
-          "untouched.json": "the scoring of the untouched model",
-          "calibration.jsonl": "the sampling of calibration text",
-          "prepared.pt": "the preparation and training", "checkpoint.pt": "the training"}
+            micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
+            calibration_max_tokens=224, eval_samples=200, compare="lora")
+# --lr for any model, and for tiny.
+LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
+RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "compare"}
+STAGES = ("held_out.pt", "untouched.pt", "calibration.pt", "prepared.pt", "checkpoint.pt",
+          "lock")
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -78,15 +62,15 @@ def between(kind, low, high=1e9):
 COUNT, NATURAL, SWITCH = between(int, 1), between(int, 0), between(int, 0, 1)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
 TARGETS = ",".join(folora.TARGET_MODULES)
-OPTIONS = [       # flag, type or choices, default (None: see the end of --help), help, whose it is
+OPTIONS = [       # flag, type or choices, default (None: see the end of --help), text, whose it is
     ("--model", str, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
     ("--method", ("folora", "lora"), "folora", "lora is plain LoRA [the paper's]"),
     ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
-    ("--compare", ("lora", "no"), "no", "lora: train LoRA as well; so with tiny [ours]"),
+    ("--compare", ("lora", "no"), "no", "lora: train LoRA after FoLoRA; so with tiny [ours]"),
     ("--target-modules", str, TARGETS, "or all-linear: all but the output layer [the paper's]"),
     ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
-    ("--alpha", POSITIVE, None, "scaling alpha / rank, none: 1 [ours]"),
+    ("--alpha", POSITIVE, None, "scaling alpha / rank; none: 1 [ours]"),
     ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
     ("--lam", POSITIVE, None, "lambda, sharpness of the gate: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
@@ -100,144 +84,98 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--max-samples", COUNT, 100_000, "the first so many examples [the paper's]"),
     ("--batch-size", COUNT, 128, "examples a step [the paper's]"),
     ("--micro-batch-size", COUNT, 16, "examples a forward pass: less memory [the paper's]"),
+    ("--gradient-checkpointing", SWITCH, 1, "1: less memory, more time [ours]"),
     ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
-    ("--calibration", str, "self", "what not to forget: a hub id or .jsonl of texts, or self, "
-     "sampled from the model [the paper's]"),
+    ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
+    ("--calibration-model", str, None, "larger model that writes them [the paper's, on Qwen3]"),
     ("--calibration-samples", COUNT, None, "texts behind C_pre [ours]"),
     ("--calibration-max-tokens", COUNT, 512, "tokens of such a text, at most [the paper's]"),
-    ("--calibration-model", str, None, "larger model that writes them [the paper's, on Qwen3]"),
     ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
-    ("--passes", COUNT, 2, "over these texts, each for a share of the layers: less memory [ours]"),
-    ("--gradient-checkpointing", SWITCH, None, "1: less memory, more time; so on a GPU [ours]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
     ("--eval-samples", COUNT, 500, "rows a task [ours]"),
     ("--log-every", COUNT, 10, "steps between checkpoints and measurements of drift [ours]"),
     ("--merge", SWITCH, 0, "1: write the merged model too [ours]"),
-    ("--seed", NATURAL, 0, "of calibration text, adapters and the order of the data [ours]"),
+    ("--seed", between(int, 0, 999), 0, "of calibration text, adapters, order of the data [ours]"),
     ("--dtype", ("auto", *ev.DTYPES), "auto", "auto: bfloat16 on a GPU, else float32 [ours]"),
     ("--device", str, "auto", "cuda, cpu, or auto: cuda if there is one [ours]"),
-    ("--out", str, None, "the run's directory; none: runs/<model>-<method>-<time> [ours]")]
+    ("--out", str, None, "the run's directory; none: runs/<model>-<method> [ours]")]
 
 
-def parse_options(arguments=None, strict=False):
-    """What the command line says, else what tiny says, else the preset, else the default. If
-    `strict`, an option that the method ignores is refused."""
+def parse_options(arguments=None):
+    """What the command line says, else --model tiny, else the preset, else the default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        epilog=f"--preset sets {PRESETS}\n--model tiny sets {TINY}, learning rates {TINY_LR}")
+        allow_abbrev=False, epilog=f"What is None above: --preset sets {PRESETS}\n"
+        f"--lr is {LEARNING_RATES}, for any model and for tiny\n--model tiny sets {TINY}")
     parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-        shown = "see below" if default is None else default
-        parser.add_argument(flag, help=f"{text} ({shown})", **how)
-    given = vars(parser.parse_args(arguments))
-    options = {flag[2:].replace("-", "_"): default for flag, _, default, _ in OPTIONS} | given
-    model, method, preset = (options[name] for name in ("model", "method", "preset"))
-    options |= PRESETS[preset] | {"tasks": ev.default_tasks(model)}
-    options["out"] = f"runs/{Path(model).name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if ev.is_tiny(model):
-        options |= {**TINY, "lr": TINY_LR[preset]}
-    if method == "lora":
-        options |= {"lr": LORA_LR[ev.is_tiny(model)], "compare": "no"}
-    options = argparse.Namespace(**options | given)
-    ignored = FOLORA_ONLY | (set() if options.kl else WITH_TEXTS) if method == "lora" else set()
-    ignored = sorted((ignored | (set() if options.kl else {"kl_texts"})) & given.keys())
-    if ignored and strict:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        parser.error(f"{flags} would be ignored here: leave it out")
-    if options.seed in (ev.HELD_OUT_SEED, ev.HELD_OUT_SEED + 1):
-        parser.error(f"--seed {options.seed} is reserved for the held-out text: choose another")
-    return options
+        parser.add_argument(flag, default=default, help=f"{text} (%(default)s)", **how)
+    chosen = parser.parse_args(arguments)
+    tiny, method = ev.is_tiny(chosen.model), chosen.method
+    lr = LEARNING_RATES["lora" if method == "lora" else chosen.preset][tiny]
+    parser.set_defaults(**PRESETS[chosen.preset] | (TINY if tiny else {}), lr=lr,
+                        tasks=ev.default_tasks(chosen.model),
+                        out=f"runs/{Path(chosen.model).name}-{method}")
+    return parser.parse_args(arguments)
 
 
 def resolve(options):
-    """What "auto" means on this machine."""
+    """Replace "auto" by what it means on this machine."""
     device, dtype = ev.pick_device(options.device, options.dtype)
-    if device.index is not None:                     # a resumed run may get another GPU
-        torch.cuda.set_device(device)
+    if device.type == "cuda":                        # by number; a resumed run may get another GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
     options.device, options.dtype = device.type, str(dtype).removeprefix("torch.")
-    if options.gradient_checkpointing is None:
-        options.gradient_checkpointing = int(device.type == "cuda")
 
 
 # ---- the run's directory -------------------------------------------------------------------------
 
-def check_run(options):
-    """One clear line if the run's directory cannot be made, is in use, or belongs to another."""
-    out = Path(options.out)
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    ev.need(parent.is_dir() and os.access(parent, os.W_OK), f"--out {out} cannot be made: {parent} "
-            "is a file or may not be written to")
-    if out.exists() and ev.process()[0] == 0:
-        lock(out)
-    others = [path.name for path in out.glob("*") if path.suffix != ".part"]
-    if not others:
-        return
-    ev.need("config.json" in others, f"{out} holds {others[0]} and no run: give another --out")
-    try:
-        theirs = dict(json.loads((out / "config.json").read_text())["options"])
-    except (LookupError, TypeError, ValueError):
-        raise ev.UserError(f"{out} holds no run's config.json: give another --out") from None
-    differ = [f"--{name.replace('_', '-')} {theirs.get(name)}" for name, mine in
-              vars(options).items() if name not in RESUME_MAY_CHANGE and mine != theirs.get(name)]
-    ev.need(not differ, f"{out} holds a run with {', '.join(differ)}: give the same options to "
+def claim(out, options):
+    """Make and lock the run's directory and write its config.json, or say in one line why not."""
+    out.mkdir(parents=True, exist_ok=True)
+    config, theirs = out / "config.json", vars(options)
+    if config.exists():
+        theirs = json.loads(config.read_text()).get("options", {})
+    elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
+        raise ev.UserError(f"{out} holds other files and no run: give another --out")
+    differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
+    differ = ", ".join(sorted(differ - RESUME_MAY_CHANGE))
+    ev.need(not differ, f"{out} holds a run with another {differ}: give what {config} says to "
             "resume it, or another --out")
-
-
-@functools.cache
-def handle(out):
-    return os.open(out, os.O_RDONLY)
-
-
-def lock(out):
-    """Keep other processes out of the run's directory for as long as this process lives."""
-    try:
-        fcntl.flock(handle(out.absolute()), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:                                 # nobody closes this file: it is locked while we live
+        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ev.UserError(f"{out}: another process is at work on this run") from None
+    if not config.exists():
+        save({"torch": torch.__version__, "options": vars(options)}, config)
 
 
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
-    if path.suffix == ".pt":
-        torch.save(value, part)
-    elif path.suffix == ".jsonl":
-        part.write_text("".join(f"{json.dumps(line)}\n" for line in value))
-    else:
+    if path.suffix == ".json":
         part.write_text(json.dumps(value, indent=1))
+    else:
+        torch.save(value, part)
     part.replace(path)
 
 
-def read(path):
-    """What `save` has written. A damaged file ends in a line that says what to do."""
-    try:
-        if path.suffix == ".pt":
-            return torch.load(path, map_location="cpu")
-        if path.suffix == ".jsonl":
-            lines = path.read_text().splitlines() or [""]        # an empty file is a damaged one
-            return [json.loads(line) for line in lines]
-        return json.loads(path.read_text())
-    except (EOFError, LookupError, RuntimeError, ValueError, pickle.UnpicklingError):
-        again = STAGES.get(path.name, "the whole run")
-        raise ev.UserError(f"{path} is damaged: delete it, and {again} is done again") from None
-
-
 def once(path, make):
-    """make()'s value, kept in a file so that an interrupted run does not make it twice."""
-    exists = path.exists()
-    wait_for_all()                                   # one process will write that file
-    if exists:
-        return read(path)
-    value = make()
-    if ev.process()[0] == 0:
-        save(value, path)
-    return value
+    """make()'s value, by way of a file, so that an interrupted run does not make it twice. The
+    first process makes it, and the others wait for the file."""
+    if RANK == 0 and not path.exists():
+        save(make(), path)
+    while not path.exists():
+        time.sleep(1)
+    return torch.load(path, map_location="cpu")
 
 
-def wait_for_all():
-    if ev.process()[1] > 1:
+def join():
+    """Wait until all of torchrun's processes are here. Before the first call there is no process
+    group, in which folora.decompose would wait for processes that do not call it."""
+    if WORLD > 1:
+        if not dist.is_initialized():
+            dist.init_process_group()
         dist.barrier()
 
 
@@ -264,62 +202,44 @@ def load(options):
     device = torch.device(options.device)
     model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
     folora.find_targets(model, targets_of(options, model), options.rank)
-    longest = max(options.max_length, options.calibration_max_tokens + 1)
-    ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
-            f"the {ev.positions(model)} positions of {options.model}")
-    if options.calibration_model:                    # its text is used as token ids
-        where = ev.resolve_model(options.calibration_model)
-        theirs = transformers.AutoTokenizer.from_pretrained(where)
-        ev.need(theirs.get_vocab() == tokenizer.get_vocab(), "--calibration-model "
-                f"{options.calibration_model} has another tokenizer than {options.model}")
-    return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
+    max_length = min(options.max_length, ev.positions(model))
+    return model, tokenizer, ev.encode_all(tokenizer, pairs, max_length), tasks
 
 
 def calibration_texts(options, model, tokenizer):
-    """The token lists behind C_pre. Each process samples its share and gets all of them."""
-    longest = options.calibration_max_tokens
+    """The token lists behind C_pre."""
+    longest = min(options.calibration_max_tokens, ev.positions(model) - 1)
+    count = options.calibration_samples
     if options.calibration != "self":
-        texts = ev.given_texts(options.calibration, options.calibration_samples)
+        texts = ev.given_texts(options.calibration, count)
         return [tokenizer(text)["input_ids"][:longest] for text in texts]
     if options.calibration_model:
-        model, _ = ev.load_model(options.calibration_model, model.device, model.dtype)
-    count = len(ev.share(range(options.calibration_samples)))
+        model, theirs = ev.load_model(options.calibration_model, model.device, model.dtype)
+        ev.need(theirs.get_vocab() == tokenizer.get_vocab(), "--calibration-model "
+                f"{options.calibration_model} has another tokenizer than {options.model}")
     bar = tqdm(total=count, desc="calibration text", unit="text")
-    process, world = ev.process()
     texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest,
-                                      seed=options.seed + 10 ** 6 * process, progress=bar.update)
-    shares = [[text.tolist() for text in texts]] * world
-    if world > 1:
-        dist.all_gather_object(shares, shares[0])
-    return sum(shares, [])
+                                      seed=options.seed, progress=bar.update)
+    return [text.tolist() for text in texts]
 
 
-def covariances(options, model, sequences, name, targets=folora.TARGET_MODULES):
-    """Covariances over token lists, with a bar; for C_pre and C_task alike."""
-    batches = ev.by_length(ev.share(sequences), options.micro_batch_size)
-    inputs = (ev.collate(batch, model.device) for batch in tqdm(batches, desc=name))
-    return folora.collect_covariances(
-        model, ({"input_ids": b["input_ids"], "attention_mask": b["attention_mask"],
-                 "use_cache": False, "logits_to_keep": 1} for b in inputs), targets)
+def covariances(options, model, sequences, name):
+    """C_pre or C_task over token lists, with a bar. Neither a loss nor most logits are needed."""
+    batches = ev.by_length(sequences, options.micro_batch_size)
+    how = {"labels": None, "use_cache": False, "logits_to_keep": 1}
+    inputs = (ev.collate(batch, model.device) | how for batch in tqdm(batches, desc=name))
+    return folora.collect_covariances(model, inputs, targets_of(options, model))
 
 
 def solve(options, model, texts, examples):
-    """FoLoRA's bases, on the host: folora.prepare in --passes parts, to hold fewer covariances."""
-    targets, tokens = folora.find_targets(model, targets_of(options, model)), sum(map(len, texts))
-    names, bases, widest = list(targets), [], max(m.in_features for m in targets.values())
-    if tokens < 2 * widest or len(set(map(tuple, texts))) == 1:
-        tqdm.write(f"warning: {len(texts)} calibration texts, {tokens} tokens. Use texts that "
-                   f"differ, and at least {2 * widest} tokens (--calibration-samples)", sys.stderr)
-    size = -(-len(names) // options.passes)                          # neighbours share an input
+    """FoLoRA's bases, as folora.prepare finds them, with bars."""
+    C_pre = covariances(options, model, texts, "C_pre")
     task = [example["ids"] for example in examples[:options.task_samples]]
-    for some in (names[i:i + size] for i in range(0, len(names), size)):
-        C_pre = covariances(options, model, texts, "C_pre", some)
-        C_task = covariances(options, model, task, "C_task", some)
-        bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-        bases += [{key: t.cpu() if torch.is_tensor(t) else t for key, t in basis.items()}
-                  for basis in folora.decompose(C_pre, C_task, options.rank, options.tau,
-                                                options.basis_rank or None, progress=bar.update)]
-    return bases
+    C_task = covariances(options, model, task, "C_task")
+    bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
+    # TODO: device=model.device, once folora.decompose has it.
+    return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
+                            progress=bar.update)
 
 
 def add_adapters(options, model, bases=None):
@@ -353,26 +273,18 @@ def data_order(count, batch_size, epochs, max_steps, seed):
     return order[:steps * batch_size].view(steps, batch_size).tolist()
 
 
-@contextmanager
-def untouched(model):
-    """The pretrained model, from the same weights: with B = 0 or, where W0 has become W_res, with
-    the start's A0 and B0."""
+def kl_from_untouched(model, text):
+    """KL(untouched || now), summed over the next-token positions of one text, in nat. The untouched
+    model has the same weights: B = 0 or, where W0 has become W_res, the start's A0 and B0."""
     layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
     trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
+    batch = ev.collate([text], model.device)
     for m in layers:
         m.lora_A.data, m.lora_B.data = m.start or (m.lora_A.data, torch.zeros_like(m.lora_B))
-    try:
-        yield
-    finally:
-        for m, (A, B) in zip(layers, trained):
-            m.lora_A.data, m.lora_B.data = A, B
-
-
-def kl_from_untouched(model, text):
-    """KL(untouched || now), summed over the next-token positions of one text, in nat."""
-    batch = ev.collate([text], model.device)
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad():
         log_p = ev.logits_of(model, ev.label_states(model, batch)[0]).log_softmax(-1)
+    for m, (A, B) in zip(layers, trained):
+        m.lora_A.data, m.lora_B.data = A, B
     return ev.summed_kl(log_p, model, ev.label_states(model, batch)[0])
 
 
@@ -380,20 +292,20 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     """Leave the clipped gradient of a list of examples in the parameters: (loss, gradient norm).
     The loss is the mean over all labels of the batch, of which each process and each micro-batch
     has a part. The gradient of weight * KL(untouched || now) on the texts is added."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
-    parameters, total = [p for group in optimizer.param_groups for p in group["params"]], 0.0
-    for micro in ev.by_length(ev.share(batch), micro_batch_size, lambda e: len(e["ids"])):
+    total = torch.zeros((), dtype=torch.float64)
+    for micro in ev.by_length(batch[RANK::WORLD], micro_batch_size, lambda e: len(e["ids"])):
         loss = ev.summed_nll(model, ev.collate(micro, model.device)) / labels
         loss.backward()
         total += loss.item()
     positions = sum(len(text) - 1 for text in texts)
-    for text in ev.share(texts) if weight else ():
+    for text in texts[RANK::WORLD]:
         (weight / positions * kl_from_untouched(model, text)).backward()
-    processes = ev.process()[1]
-    for p in parameters if processes > 1 else ():
-        dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    return ev.mean(total, 1 / processes), norm       # the sum over processes
+    if WORLD > 1:
+        for part in (total, *(p.grad for p in parameters)):
+            dist.all_reduce(part)                    # the sum over processes
+    return total.item(), torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
 
 
 class Probe:
@@ -422,53 +334,43 @@ def recompute(model, on):
         module.training = bool(on) and hasattr(module, "gradient_checkpointing")
 
 
-def check_finite(step, kept, **values):
-    """End the run, before the next step or checkpoint, if a value is not a finite number."""
-    if not all(map(math.isfinite, values.values())):
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise FloatingPointError(f"step {step}: {shown}; the checkpoint of step {kept} is kept. "
-                                 "Start again with a lower --lr and another --out")
-
-
 def train(options, model, optimizer, examples, probe, out, texts=()):
-    """The loop: a line of metrics.jsonl for every step, a checkpoint every --log-every steps."""
+    """The loop. Every --log-every steps it writes a checkpoint and metrics.jsonl."""
     batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps,
                          options.seed)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    saved, log, process = out / "checkpoint.pt", out / "metrics.jsonl", ev.process()[0]
-    done, lines = 0, []
+    saved, done, lines = out / "checkpoint.pt", 0, []
     if saved.exists():
-        state = read(saved)
+        state = torch.load(saved, map_location="cpu")
         done, lines = state["step"], state["lines"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         model.load_state_dict(state["adapters"], strict=False)
-    if process == 0:                                 # lines after the checkpoint are written again
-        save(lines, log)
+    join()                                           # all have read the files of earlier stages
     recompute(model, options.gradient_checkpointing)
-    bar = tqdm(range(done, len(batches)), f"train {options.method}", len(batches), initial=done)
+    bar = tqdm(range(done, len(batches)), f"train {options.method}", len(batches), initial=done,
+               disable=RANK > 0)
     for step in bar:
-        start = time.perf_counter()
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * schedule(step, len(batches))
+        lr = options.lr * schedule(step, len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         batch = [examples[i] for i in batches[step]]
-        some = [texts[(step * options.kl_texts + i) % len(texts)]
-                for i in range(options.kl_texts if options.kl else 0)]
+        first, count = step * options.kl_texts, options.kl_texts if options.kl else 0
+        some = [texts[i % len(texts)] for i in range(first, first + count)]
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
-        check_finite(step + 1, done, loss=loss, gradient_norm=norm)
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; step {done} has a checkpoint."
+                " Start again with a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
-        if process:
-            continue                                 # the first process keeps the books
-        speed = sum(len(e["ids"]) for e in batch) / (time.perf_counter() - start)
+        if RANK > 0:                                 # the first process writes the files
+            continue
         due = (step + 1) % options.log_every == 0 or step + 1 == len(batches)
-        drift = probe(model) if due else None
-        check_finite(step + 1, done, drift=drift or 0.0)
-        lines.append({"step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
-                      "grad_norm": norm, "tokens_per_s": round(speed), "drift": drift})
-        with log.open("a") as file:
-            file.write(json.dumps(lines[-1]) + "\n")
+        lines.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
+                      "drift": probe(model) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
-        if due:
+        if due:                                      # the checkpoint last: it ends these steps
+            log = "".join(f"{json.dumps(line)}\n" for line in lines)
+            (out / "metrics.jsonl").write_text(log)
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
@@ -478,97 +380,65 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def start_processes(options):
-    """Join torchrun's processes: each with its own GPU, all with one --out."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))      # one may sample for longer
-    for name in ("batch_size", "calibration_samples", "task_samples", "eval_samples"):
-        ev.need(getattr(options, name) >= ev.process()[1], f"--{name.replace('_', '-')} must be at "
-                f"least {ev.process()[1]}, one for each process")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    out = [options.out]                              # it may hold the time
-    dist.broadcast_object_list(out)
-    options.out, = out
-
-
-def stages(options, model, tokenizer, examples, tasks, before):
-    """The scores of `run`, computed."""
-    out, first = Path(options.out), ev.process()[0] == 0
+def fine_tune(options, out, model, tokenizer, examples, tasks, before):
+    """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
+    own, bases, reference = (), None, None
     length = min(256, options.calibration_max_tokens)
-    texts = once(out / "held_out.jsonl",
-                 lambda: [text.tolist() for text in ev.held_out(model, tokenizer, length)])
-    texts = [torch.tensor(text) for text in texts]
-    before = once(out / "untouched.json",
-                  lambda: before or ev.evaluate(model, tokenizer, tasks))
-    bases, own = None, ()
+    texts = once(out / "held_out.pt", lambda: ev.held_out(model, tokenizer, length))
+    before = once(out / "untouched.pt", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
-        own = once(out / "calibration.jsonl", lambda: calibration_texts(options, model, tokenizer))
+        own = once(out / "calibration.pt", lambda: calibration_texts(options, model, tokenizer))
     if options.method == "folora":
-        if not (out / "prepared.pt").exists():       # moments belong to the bases that they had
-            (out / "checkpoint.pt").unlink(missing_ok=True)
         bases = once(out / "prepared.pt", lambda: solve(options, model, own, examples))
     probe = Probe(model, texts)
     torch.manual_seed(options.seed)
     optimizer = add_adapters(options, model, bases)
     train(options, model, optimizer, examples, probe, out, own)
-    if first:
-        folora.save_adapter(model, out / "adapter")
-        tokenizer.save_pretrained(out / "adapter")
-    model, reference = folora.merge(model), None
-    if first and options.merge:
+    if RANK > 0:
+        return
+    folora.save_adapter(model, out / "adapter")
+    tokenizer.save_pretrained(out / "adapter")
+    model = folora.merge(model)
+    if options.merge:
         model.save_pretrained(out / "merged")
         tokenizer.save_pretrained(out / "merged")
     if "drift" in tasks:
         reference, _ = ev.load_model(options.model, model.device, model.dtype)
     after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    return {"untouched": {**before, **ev.summarise(before, before)},
-            options.method: {**after, **ev.summarise(after, before)}}
+    scores = {"untouched": {**before, **ev.summarise(before, before)},
+              options.method: {**after, **ev.summarise(after, before)}}
+    save({"scores": scores}, out / "summary.json")
 
 
 def run(options, before=None):
-    """One method, all stages: {"untouched": its scores, or `before`, method: scores}. summary.json
-    is what makes a run finished; the files of STAGES are deleted after that."""
-    out, first = Path(options.out), ev.process()[0] == 0
-    if not (out / "summary.json").exists():
-        loaded = load(options)
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            check_run(options)                       # another run may have been faster
-            if not (out / "config.json").exists():
-                versions = {m.__name__: m.__version__ for m in (torch, transformers)}
-                save({"options": vars(options), "versions": versions}, out / "config.json")
-        scores = stages(options, *loaded, before)
-        if first:
-            save({"scores": scores}, out / "summary.json")
-    wait_for_all()
-    scores = read(out / "summary.json")["scores"]
+    """One method, unless it is finished: its scores and the untouched model's, or `before`."""
+    out = Path(options.out)
+    finished = (out / "summary.json").exists()
+    loaded = () if finished else load(options)       # mistakes show before a directory is made
+    if RANK == 0:
+        claim(out, options)
+    if not finished:
+        fine_tune(options, out, *loaded, before)
+    if RANK > 0:
+        return {}
     for name in STAGES:
         (out / name).unlink(missing_ok=True)
-    return scores
+    return json.loads((out / "summary.json").read_text())["scores"]
 
 
 @ev.one_line
 def main(arguments=None):
     """The run, and with --compare lora the same with LoRA; the first process prints the table."""
-    options, scores = parse_options(arguments, strict=True), {}
-    if "LOCAL_RANK" in os.environ:
-        start_processes(options)
+    options, scores = parse_options(arguments), {}
+    resolve(options)
+    ev.need(options.batch_size >= WORLD, f"--batch-size must be at least {WORLD}, one a process")
     runs = [options]
-    if options.compare == "lora":
-        lr, out = LORA_LR[ev.is_tiny(options.model)], f"{options.out}/lora"
+    if options.method == "folora" and options.compare == "lora":
+        lr, out = LEARNING_RATES["lora"][ev.is_tiny(options.model)], f"{options.out}/lora"
         runs.append(argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out)))
-    for each in runs:                                # before the first has run for hours
-        resolve(each)
-        check_run(each)
-    try:
-        for each in runs:
-            scores |= run(each, scores.get("untouched"))
-    except KeyboardInterrupt:
-        ev.need(False, f"interrupted: the same command with --out {options.out} goes on")
-    except (torch.OutOfMemoryError, MemoryError):
-        ev.need(False, "out of memory: lower --micro-batch-size, then --max-length or --rank")
-    if ev.process()[0] == 0:
+    for each in runs:
+        scores |= run(each, scores.get("untouched"))
+    if RANK == 0:
         print(ev.table(scores))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -119,9 +119,9 @@ def memory_rows(rank):
         yield row(f"bases and moments by formula, Qwen3-1.7B, r={rank}: {method}, GB", [size / 1e9])
 
 
-def solve(model, ids, rank, k, passes):
+def solve(model, ids, rank, k):
     """FoLoRA's preparation. It reads the texts again, for C_task."""
-    flags = f"--micro-batch-size 16 --rank {rank} --basis-rank {k} --passes {passes}".split()
+    flags = f"--micro-batch-size 16 --rank {rank} --basis-rank {k}".split()
     options = train_math.parse_options(flags)
     train_math.solve(options, model, ids, [{"ids": text} for text in ids])
 
@@ -148,7 +148,7 @@ def preparation(name, layers, texts, rank, *more):
 
 
 def preparation_rows(name, repetitions, layers, texts, rank):
-    kinds = {"k = 64": (64, 1), "k = 64, --passes 2": (64, 2), "k = all": (0, 1), "CorDA": ()}
+    kinds = {"k = 64": (64,), "k = all": (0,), "CorDA": ()}
     runs = {kind: [] for kind in kinds}
     for kind, more in tqdm(list(kinds.items()) * repetitions, desc="preparation"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -188,7 +188,7 @@ def gpu_rows(quick, count):
         yield row(f"peak memory of a step, {name}: {method}, GB", [size], 56.9, 30)
     yield from step_rows(lambda: random_model(shape), name, count, 1.005, rank, batch, length, 16)
     model, ids = random_model(shape), torch.randint(10, 1000, (texts, length)).tolist()
-    options, C = argparse.Namespace(micro_batch_size=16), []
+    options, C = train_math.parse_options(["--micro-batch-size", "16"]), []
     collect = lambda: C.extend(train_math.covariances(options, model, some, "covariances")
                                for some in (ids, ids[:256]))
     yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
