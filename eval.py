@@ -348,16 +348,15 @@ def greedy(model, tokenizer, prompts, max_new_tokens, stops=None, desc=None):
     """The greedy continuation (a token list) of each prompt. generate takes every option that a
     call leaves open, such as beams or a repetition penalty, from the checkpoint's
     generation_config. folora.plain_mode sets it aside; only its end-of-sequence tokens are used."""
-    written = []
+    written, ends = [], model.generation_config.eos_token_id
     for i in tqdm(range(0, len(prompts), 32), desc, leave=False):
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[i:i + 32]]
         batch = collate(ids, model.device, "left")
         width = batch.pop("labels").shape[1]
         with folora.plain_mode(model):
             rows = model.generate(
-                **batch, do_sample=False, max_new_tokens=max_new_tokens, stop_strings=stops,
-                tokenizer=tokenizer, pad_token_id=tokenizer.eos_token_id,
-                eos_token_id=model.generation_config.eos_token_id)
+                **batch, tokenizer=tokenizer, do_sample=False, max_new_tokens=max_new_tokens,
+                stop_strings=stops, eos_token_id=ends, pad_token_id=tokenizer.eos_token_id)
         written += rows[:, width:].tolist()
     return written
 
