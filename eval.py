@@ -148,13 +148,12 @@ def resolve_model(name):
 
 def pick_device(device, dtype):
     """torch's device and dtype; auto: bfloat16 on a GPU if there is one, else float32 on a CPU."""
-    count = torch.cuda.device_count()
-    device = device.replace("auto", "cuda" if count else "cpu")
-    need(re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:1")
-    need(device == "cpu" or int(device[5:] or 0) < count,
-         f"--device {device}: this torch sees {count or 'no'} CUDA GPU; use --device cpu")
-    dtype = dtype.replace("auto", "float32" if device == "cpu" else "bfloat16")
-    return torch.device(device), DTYPES[dtype]
+    with blame(f"--device {device}: it is cpu, cuda or cuda:1"):
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device.replace("auto", best))
+        torch.empty(0, device=device)                # fails if there is no such GPU
+    dtype = dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
+    return device, DTYPES[dtype]
 
 
 def load_model(name, device, dtype):
@@ -162,7 +161,7 @@ def load_model(name, device, dtype):
     where, adapter, run = find_model(name)
     with blame(f"cannot load the model {name}"):
         if adapter:
-            from peft import PeftModel               # this takes seconds, and few need it
+            from peft import PeftModel  # it takes seconds, and few need it
 
             model, tokenizer = load_model(run["model"], device, dtype)
             return PeftModel.from_pretrained(model, adapter).merge_and_unload(), tokenizer
@@ -206,8 +205,8 @@ def texts_in(row, names, source, number):
     value = value.get("aliases") if isinstance(value, dict) else value
     values = value if isinstance(value, list) else [value]
     texts = [text for text in values if isinstance(text, str) and text.strip()]
-    need(texts, f"{source}, line {number}: no field called {' or '.join(names.split())} with a text "
-         f"in it; it has: {', '.join(row)}")
+    shown = " or ".join(names.split())
+    need(texts, f"{source}, line {number}: no field called {shown} with a text in it: {[*row]}")
     return texts
 
 
@@ -218,22 +217,17 @@ def given_texts(source, limit):
 
 
 def to_pairs(rows, source):
-    """[(instruction, response)]. GSM8K's "#### 18" becomes "The answer is: 18", as in MetaMathQA,
-    and its <<calculator>> notes are removed."""
+    """[(instruction, accepted responses)]. GSM8K's "#### 18" becomes "The answer is: 18", as in
+    MetaMathQA, and its <<calculator>> notes are removed."""
     pairs = []
     for number, row in enumerate(rows, 1):
         asked = texts_in(row, "question query instruction problem", source, number)[0]
         asked += f"\n{row['input']}" if row.get("input") else ""
-        response = texts_in(row, "answer response output solution", source, number)[0]
-        response = re.sub(r"<<[^<>]*>>", "", response)
-        pairs.append((asked, re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", response)))
+        texts = texts_in(row, "answers answer response output solution", source, number)
+        texts = [re.sub(r"<<[^<>]*>>", "", text) for text in texts]
+        pairs.append((asked, [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text)
+                              for text in texts]))
     return pairs
-
-
-def to_questions(rows, source):
-    """[(question, accepted answers)]."""
-    return [(texts_in(row, "question", source, number)[0],
-             texts_in(row, "answers answer", source, number)) for number, row in enumerate(rows, 1)]
 
 
 def default_tasks(model):
@@ -249,22 +243,21 @@ def load_tasks(names, limit=None):
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")
         need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        kind, _, source, *part = TASKS[name]
+        _, _, source, *part = TASKS[name]
         source = path or source
-        rows = read_rows(source, *part, limit=limit) if source else []
-        tasks[name] = to_questions(rows, source) if kind == "preserve" else to_pairs(rows, source)
-        for number, (_, answer) in enumerate(tasks[name], 1):
-            need(name != "gsm8k" or final_number(answer) is not None,
+        tasks[name] = to_pairs(read_rows(source, *part, limit=limit), source) if source else []
+        for number, (_, answers) in enumerate(tasks[name], 1):
+            need(name != "gsm8k" or final_number(answers[0]) is not None,
                  f"{source}, line {number}: its answer has no number after #### or The answer is:")
     return tasks
 
 
 def encode_all(tokenizer, pairs, max_length):
-    """[{"ids", "labels"}] of (instruction, response) pairs, in the prompt that is also scored with.
+    """[{"ids", "labels"}] of the pairs' first responses, in the prompt that is also scored with.
     The prompt has labels of -100, which bear no loss; the response and the end of sequence do.
     An example whose prompt alone fills max_length is left out, which may be so of up to half."""
     examples = []
-    for instruction, response in pairs:
+    for instruction, (response, *_) in pairs:
         prompt = (MATHS if "The answer is:" in response else ALPACA).format(instruction)
         # Both are tokenised with the same start of text. The space begins a new token.
         start, ids = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {response}"))
@@ -295,7 +288,7 @@ def by_length(examples, batch_size, length=len):
 # ---- loss and drift ------------------------------------------------------------------------------
 
 def logits_of(model, batch):
-    """(logits, labels), (n, vocabulary) in float32 and (n,), at the n positions that predict a label.
+    """(logits, labels) at the n positions that predict a label: (n, vocabulary), float32, and (n,).
     Position t predicts token t + 1. The output layer runs only where some row has a label."""
     labels = batch["labels"][:, 1:]
     kept = (labels != -100).any(0).nonzero()[:, 0]
@@ -392,8 +385,8 @@ def final_number(text):
 
 
 def count_right(model, tokenizer, pairs, task):
-    """How many of a task's (question, answer or accepted answers) are answered right. gsm8k may
-    take 512 new tokens, or half of a small model's context. No other answer has more than 64."""
+    """How many of a task's (question, accepted answers) are answered right. gsm8k may take 512 new
+    tokens, or half of a small model's context. No other answer has more than 64."""
     prompts = [TASKS[task][1].format(question) for question, _ in pairs]
     longest = min(512, positions(model) // 2) if task == "gsm8k" else 64
     stops = {"gsm8k": ["### Instruction", "Question:"], "webqs": ["\n"]}.get(task, ["\n", ".", ","])
@@ -401,7 +394,7 @@ def count_right(model, tokenizer, pairs, task):
     for prompt, tokens, (_, wanted) in zip(prompts, written, pairs):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if task == "gsm8k":
-            right += final_number(text) == final_number(wanted)
+            right += final_number(text) == final_number(wanted[0])
         elif task == "webqs":
             right += begins_with(tokenizer, prompt, tokens, wanted)
         else:
@@ -416,8 +409,8 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     scores = {}
     for name, pairs in tasks.items():
         if name == "nll":
-            examples = encode_all(tokenizer, pairs, min(1024, positions(model)))
-            scores[name] = mean_nll(model, examples)
+            longest = min(1024, positions(model))
+            scores[name] = mean_nll(model, encode_all(tokenizer, pairs, longest))
         elif name == "drift":
             scores[name] = drift(model, reference, texts) if reference is not None else 0.0
         else:
@@ -437,10 +430,9 @@ def harness_tasks(names, metadata=None):
     with blame(f"lm-eval cannot load {names} (ifeval and mathematics: pip install "
                "lm-eval[ifeval,math]; humaneval and mbpp: HF_ALLOW_CODE_EVAL=1)"):
         loaded = manager.load(names)
-    groups = [name for name, group in loaded["groups"].items() if group.has_aggregation]
-    for name in names:
-        need(name in [*loaded["tasks"], *groups],
-             f"lm-eval has no task {name} with a score of its own: lm-eval ls tasks lists them")
+    scored = {name for name, group in loaded["groups"].items() if group.has_aggregation}
+    unscored = set(names) - scored - set(loaded["tasks"])
+    need(not unscored, f"lm-eval has no score of its own for {unscored}: name their subtasks")
     return manager, names
 
 

@@ -931,10 +931,10 @@ def test_pairs_are_found_under_every_name_and_gsm8k_notes_go():
             {"instruction": "q", "input": "i", "output": "r"},                 # Alpaca
             {"query": "q", "answer": "r", "lang": "python"},                   # CodeFeedback
             {"query": "q", "original_question": "o", "response": "r"}]         # MetaMathQA
-    wanted = [("q", "2+3=5.\nThe answer is: 5"), ("q\ni", "r"), ("q", "r"), ("q", "r")]
+    wanted = [("q", ["2+3=5.\nThe answer is: 5"]), ("q\ni", ["r"]), ("q", ["r"]), ("q", ["r"])]
     assert ev.to_pairs(rows, "x") == wanted
     rows = [{"question": "q", "answer": answer} for answer in ("a", ["a"], {"aliases": ["a", ""]})]
-    assert ev.to_questions(rows, "x") == [("q", ["a"])] * 3
+    assert ev.to_pairs(rows, "x") == [("q", ["a"])] * 3
 
 
 def test_no_separator_but_a_line_feed_ends_a_line_of_a_file(tmp_path):
@@ -951,9 +951,9 @@ ROW = b'{"question": "q", "answer": "The answer is: 5", "text": "t"}\n'
 @pytest.mark.parametrize("task, line, message", [
     *(("texts", line, "not JSON with fields")
       for line in (b'{"text": "\xff"}', b'{"text"', b"[1]", b"null")),
-    *(("texts", line, "no field called text or question with a text in it; it has: ")
+    *(("texts", line, "no field called text or question with a text in it: ")
       for line in (b'{"text": 5}', b'{"b": "a"}', b'{"text": " "}')),
-    *(("facts", b'{"question": "q", "answer": %s}' % answer, "no field called answers or answer")
+    *(("facts", b'{"question": "q", "answer": %s}' % answer, "no field called answers or ")
       for answer in (b"null", b"5", b'" "', b"[5]", b'{"aliases": []}')),
     ("nll", b'{"answer": "a"}', "no field called question or query"),
     ("gsm8k", b'{"question": "q", "answer": "five"}', "its answer has no number")])
@@ -966,8 +966,8 @@ def test_a_bad_row_is_named_before_a_model_is_loaded(tmp_path, task, line, messa
 
 def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
     model, tokenizer = tiny
-    pairs = [("What is 2 + 2?", "It is 4.\nThe answer is: 4"), ("Sort: b a", "a b, and no more")]
-    examples = ev.encode_all(tokenizer, [*pairs, ("long " * 250, "is left out")], 256)
+    pairs = [("What is 2 + 2?", ["It is 4.\nThe answer is: 4"]), ("Sort: b a", ["a b, no more"])]
+    examples = ev.encode_all(tokenizer, [*pairs, ("long " * 250, ["is left out"])], 256)
     for example, (ask, _), ending in zip(examples, pairs, (" Let's think step by step.", "")):
         prompt = [i for i, label in zip(example["ids"], example["labels"]) if label == -100]
         assert tokenizer.decode(prompt).endswith(f"{ask}\n\n### Response:{ending}")
@@ -1168,7 +1168,7 @@ def test_harness_names_are_checked_before_anything_runs(monkeypatch):
     monkeypatch.setattr(manager, "load", lambda self, names: loaded)
     assert ev.harness_tasks("task,scored", {"a": 1})[1] == ["task", "scored"]
     for name in ("tag", "loose"):
-        with pytest.raises(ev.UserError, match=f"no task {name} with a score of its own"):
+        with pytest.raises(ev.UserError, match=f"no score of its own for {{'{name}'}}"):
             ev.harness_tasks(f"task,{name}")
     monkeypatch.undo()
     with pytest.raises(ev.UserError, match="cannot load .'nothing'.* HF_ALLOW_CODE_EVAL=1"):
@@ -1658,7 +1658,7 @@ train | --seed 1000 | --seed 1000 is reserved for the held-out text
 train | --method milora | invalid choice: 'milora'
 train | --method lora | --basis-rank, --calibration-samples, --compare, --task-samples would be
 train | --device banana | --device banana: it is cpu, cuda or
-train | --device cuda:99 | --device cuda:99: this torch sees
+train | --device cuda:99 | --device cuda:99: it is cpu
 train | --steps 5 | unrecognized arguments: --steps 5
 train | --target-modules nothing | no nn.Linear is called nothing
 train | --target-modules lm_head | lm_head shares its weight
@@ -1800,7 +1800,7 @@ def test_what_is_fresh_has_chosen_nothing(experiments):
 
 
 def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
-    pair, = ev.to_questions([{"question": "who", "answer": ["Tom", "T"]}], "questions")
+    pair, = ev.to_pairs([{"question": "who", "answer": ["Tom", "T"]}], "questions")
     example = experiments.with_answer(tiny[1], "Q: {}?\nA:", *pair)
     labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
     assert tiny[1].decode(labelled) == " Tom"

@@ -204,7 +204,8 @@ def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
     if path.suffix == ".pt":
-        torch.save(value, part)
+        with ev.blame(f"cannot write {part} (is the disk full?)"):
+            torch.save(value, part)
     elif path.suffix == ".jsonl":
         part.write_text("".join(f"{json.dumps(line)}\n" for line in value))
     else:
