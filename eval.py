@@ -171,7 +171,7 @@ def load_model(name, device, dtype):
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype,
                                                            output_loading_info=True)
         wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-        need(not wrong, f"missing or unexpected weights, such as {' '.join(wrong[:1])}")
+        need(not wrong, f"missing or unexpected weights: {wrong}")
     return model.to(device).eval(), tokenizer
 
 
