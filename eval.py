@@ -497,13 +497,14 @@ def main(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, message)              # one line, without the usage
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: all but nll)")
-    parser.add_argument("--harness", metavar="NAMES", help="lm-eval's tasks: mmlu,ifeval,humaneval")
+    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: "
+                        f"{default_tasks('Qwen')}; tiny has its own)")
+    parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
     parser.add_argument("--harness-metadata", type=json.loads, metavar="JSON",
                         help="for tasks that take it, such as '{\"max_seq_lengths\": \"4k\"}'")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda if any")
     options = parser.parse_args(arguments)
     need(options.limit is None or options.limit > 0, "--limit must be at least 1")
     need(options.tasks != "" or options.harness, "nothing to score: give --tasks or --harness")

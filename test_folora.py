@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 535, 350),
+BUDGETS = [("folora.py", 697, 438), ("train_math.py", 580, 446), ("eval.py", 535, 351),
            ("assets/experiments.py", 460, 340), ("test_folora.py", 1950, 1565)]
 
 
@@ -1048,6 +1048,16 @@ def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
         literal.append(any(likeliest))
     assert [ev.count_right(model, tokenizer, [pair], "webqs") for pair in pairs] == literal
     assert any(literal) and not all(literal)
+
+
+@pytest.mark.parametrize("task, text, wanted, right", [
+    ("facts", " The Sun.\nQ: and", "sun", 1), ("facts", " Sunday", "sun", 0),
+    ("triviaqa", " The Sun", "sun", 0), ("triviaqa", " sun, I say", "Sun", 1),
+    ("gsm8k", "2. The answer is: 5", "The answer is: 5.0", 1), ("gsm8k", "5", "The answer is: 5", 0),
+])
+def test_each_task_is_judged_by_its_own_rule(tiny, monkeypatch, task, text, wanted, right):
+    monkeypatch.setattr(ev, "greedy", lambda *_: [tiny[1](text)["input_ids"]])
+    assert ev.count_right(*tiny, [("q", [wanted])], task) == right
 
 
 def test_summary_rows():
