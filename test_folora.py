@@ -1053,8 +1053,8 @@ def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
 @pytest.mark.parametrize("task, text, wanted, right", [
     ("facts", " The Sun.\nQ: and", "sun", 1), ("facts", " Sunday", "sun", 0),
     ("triviaqa", " The Sun", "sun", 0), ("triviaqa", " sun, I say", "Sun", 1),
-    ("gsm8k", "2. The answer is: 5", "The answer is: 5.0", 1), ("gsm8k", "5", "The answer is: 5", 0),
-])
+    ("gsm8k", "2. The answer is: 5", "The answer is: 5.0", 1),
+    ("gsm8k", "5", "The answer is: 5", 0)])
 def test_each_task_is_judged_by_its_own_rule(tiny, monkeypatch, task, text, wanted, right):
     monkeypatch.setattr(ev, "greedy", lambda *_: [tiny[1](text)["input_ids"]])
     assert ev.count_right(*tiny, [("q", [wanted])], task) == right
@@ -1065,6 +1065,7 @@ def test_summary_rows():
     after = {"humaneval": 40.0, "nq_open": 15.0, "mmlu": 25.0, "drift": 0.1}
     wanted = {"Avg1": 20.0, "Avg1(%)": 80.0, "Avg2": 40.0, "GM": pytest.approx(math.sqrt(800))}
     assert ev.summarise(after, before) == wanted
+    assert ev.summarise(after | ev.summarise(after, before), before) == wanted
     assert "Avg1(%)" not in ev.summarise(after, {**before, "nq_open": 0.0, "webqs": 0.0})
     printed = ev.table({"untouched": before, "folora": after})
     assert "drift" in printed and "Avg1(%)" in printed
