@@ -22,6 +22,7 @@ import fcntl
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -43,8 +44,10 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=32
 # --lr for any model, and for tiny.
 LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
 RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "compare"}
-STAGES = ("held_out.pt", "untouched.pt", "calibration.pt", "prepared.pt", "checkpoint.pt",
+STAGES = ("held_out.json", "untouched.json", "calibration.json", "prepared.pt", "checkpoint.pt",
           "lock")
+FOLORA_ONLY = {"--preset", "--lam", "--s-min", "--basis-rank", "--zero-start", "--tau",
+               "--task-samples", "--compare"}
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def claim(out, options):
     out.mkdir(parents=True, exist_ok=True)
     config, theirs = out / "config.json", vars(options)
     if config.exists():
-        theirs = json.loads(config.read_text()).get("options", {})
+        theirs = read(config)["options"]
     elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
         raise ev.UserError(f"{out} holds other files and no run: give another --out")
     differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
@@ -154,10 +157,19 @@ def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
     if path.suffix == ".json":
-        part.write_text(json.dumps(value, indent=1))
+        part.write_text(json.dumps(value, indent=1 if isinstance(value, dict) else None))
     else:
-        torch.save(value, part)
+        with ev.blame(f"cannot write {part} (is the disk full?)"):
+            torch.save(value, part)
     part.replace(path)
+
+
+def read(path):
+    """What `save` has written."""
+    with ev.blame(f"{path} is damaged: delete it, and what it holds is made again"):
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location="cpu")
 
 
 def once(path, make):
@@ -167,7 +179,7 @@ def once(path, make):
         save(make(), path)
     while not path.exists():
         time.sleep(1)
-    return torch.load(path, map_location="cpu")
+    return read(path)
 
 
 def join():
@@ -236,6 +248,10 @@ def solve(options, model, texts, examples):
     C_pre = covariances(options, model, texts, "C_pre")
     task = [example["ids"] for example in examples[:options.task_samples]]
     C_task = covariances(options, model, task, "C_task")
+    tokens, widest = sum(map(len, texts)), max(map(len, C_pre.values()))
+    if tokens < 2 * widest:
+        tqdm.write(f"warning: {tokens} tokens of calibration text are few for inputs of width "
+                   f"{widest}: raise --calibration-samples", sys.stderr)
     bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
     # TODO: device=model.device, once folora.decompose has it.
     return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
@@ -273,19 +289,19 @@ def data_order(count, batch_size, epochs, max_steps, seed):
     return order[:steps * batch_size].view(steps, batch_size).tolist()
 
 
-def kl_from_untouched(model, text):
-    """KL(untouched || now), summed over the next-token positions of one text, in nat. The untouched
+def kl_from_untouched(model, texts):
+    """KL(untouched || now), summed over the next-token positions of texts, in nat. The untouched
     model has the same weights: B = 0 or, where W0 has become W_res, the start's A0 and B0."""
     layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
     trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
-    batch = ev.collate([text], model.device)
+    batch = ev.collate(texts, model.device)
     for m in layers:
         m.lora_A.data, m.lora_B.data = m.start or (m.lora_A.data, torch.zeros_like(m.lora_B))
     with torch.no_grad():
-        log_p = ev.logits_of(model, ev.label_states(model, batch)[0]).log_softmax(-1)
+        log_p = ev.logits_of(model, batch)[0].log_softmax(-1)
     for m, (A, B) in zip(layers, trained):
         m.lora_A.data, m.lora_B.data = A, B
-    return ev.summed_kl(log_p, model, ev.label_states(model, batch)[0])
+    return ev.summed_kl(log_p, ev.logits_of(model, batch)[0])
 
 
 def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
@@ -300,8 +316,8 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
         loss.backward()
         total += loss.item()
     positions = sum(len(text) - 1 for text in texts)
-    for text in texts[RANK::WORLD]:
-        (weight / positions * kl_from_untouched(model, text)).backward()
+    for some in ev.by_length(texts[RANK::WORLD], micro_batch_size):
+        (weight / positions * kl_from_untouched(model, some)).backward()
     if WORLD > 1:
         for part in (total, *(p.grad for p in parameters)):
             dist.all_reduce(part)                    # the sum over processes
@@ -317,12 +333,12 @@ class Probe:
         for labels, text in zip(self.batch["labels"], texts):
             kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # not BOS
             labels[~torch.isin(torch.arange(len(labels)), kept).to(labels.device)] = -100
-        self.before = ev.logits_of(model, ev.label_states(model, self.batch)[0]).log_softmax(-1)
+        self.before = ev.logits_of(model, self.batch)[0].log_softmax(-1)
 
     @torch.inference_mode()
     def __call__(self, model):
-        states, _ = ev.label_states(model, self.batch)
-        return ev.summed_kl(self.before, model, states).item() / len(self.before)
+        logits, _ = ev.logits_of(model, self.batch)
+        return ev.summed_kl(self.before, logits).item() / len(self.before)
 
 
 def recompute(model, on):
@@ -340,7 +356,7 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
                          options.seed)
     saved, done, lines = out / "checkpoint.pt", 0, []
     if saved.exists():
-        state = torch.load(saved, map_location="cpu")
+        state = read(saved)
         done, lines = state["step"], state["lines"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         model.load_state_dict(state["adapters"], strict=False)
@@ -384,10 +400,12 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
     own, bases, reference = (), None, None
     length = min(256, options.calibration_max_tokens)
-    texts = once(out / "held_out.pt", lambda: ev.held_out(model, tokenizer, length))
-    before = once(out / "untouched.pt", lambda: before or ev.evaluate(model, tokenizer, tasks))
+    texts = once(out / "held_out.json",
+                 lambda: [text.tolist() for text in ev.held_out(model, tokenizer, length)])
+    texts = list(map(torch.tensor, texts))
+    before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
-        own = once(out / "calibration.pt", lambda: calibration_texts(options, model, tokenizer))
+        own = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
     if options.method == "folora":
         bases = once(out / "prepared.pt", lambda: solve(options, model, own, examples))
     probe = Probe(model, texts)
@@ -400,8 +418,9 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     tokenizer.save_pretrained(out / "adapter")
     model = folora.merge(model)
     if options.merge:
-        model.save_pretrained(out / "merged")
-        tokenizer.save_pretrained(out / "merged")
+        with ev.blame(f"cannot write {out / 'merged'} (is the disk full?)"):
+            model.save_pretrained(out / "merged")
+            tokenizer.save_pretrained(out / "merged")
     if "drift" in tasks:
         reference, _ = ev.load_model(options.model, model.device, model.dtype)
     after = ev.evaluate(model, tokenizer, tasks, reference, texts)
@@ -423,21 +442,27 @@ def run(options, before=None):
         return {}
     for name in STAGES:
         (out / name).unlink(missing_ok=True)
-    return json.loads((out / "summary.json").read_text())["scores"]
+    return read(out / "summary.json")["scores"]
 
 
 @ev.one_line
 def main(arguments=None):
     """The run, and with --compare lora the same with LoRA; the first process prints the table."""
     options, scores = parse_options(arguments), {}
+    ignored = FOLORA_ONLY & set(sys.argv[1:] if arguments is None else arguments)
+    ev.need(options.method == "folora" or not ignored, f"{' '.join(sorted(ignored))} would be "
+            "ignored with --method lora: leave it out")
     resolve(options)
     ev.need(options.batch_size >= WORLD, f"--batch-size must be at least {WORLD}, one a process")
     runs = [options]
     if options.method == "folora" and options.compare == "lora":
         lr, out = LEARNING_RATES["lora"][ev.is_tiny(options.model)], f"{options.out}/lora"
         runs.append(argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out)))
-    for each in runs:
-        scores |= run(each, scores.get("untouched"))
+    try:
+        for each in runs:
+            scores |= run(each, scores.get("untouched"))
+    except (torch.OutOfMemoryError, MemoryError):
+        ev.need(False, "out of memory: lower --micro-batch-size, then --max-length or --rank")
     if RANK == 0:
         print(ev.table(scores))
     if dist.is_initialized():
