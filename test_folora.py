@@ -1524,28 +1524,72 @@ def test_schedule_and_order_of_the_data():
 
 
 GOOD = b'{"question": "q", "answer": "a"}\n'
-FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "cut": GOOD + b'{"question"\n',
-         "five": b'{"text": 5}\n'}
+FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[1, 2]\n",
+         "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
+         "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
 BAD = [row.split(" | ") for row in """
 train | --lr -1 | --lr: must be from 0
-train | --tau nan | --tau: must be from 1e-09
+train | --lr inf | --lr: must be from 0
+train | --lr much | --lr: invalid number value: 'much'
+train | --lr | --lr: expected one argument
+train | --lam 0 | --lam: must be from 1e-09
+train | --tau nan | --tau: must be
+train | --alpha 1e-300 | --alpha: must be
 train | --s-min 2 | --s-min: must be from 0 to 1, not 2
+train | --zero-start 2 | --zero-start: must be
+train | --basis-rank -1 | --basis-rank: must be
 train | --rank 0 | --rank: must be from 1
-train | --rank 193 | rank 193 is
+train | --rank 193 | rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width
+train | --epochs 0 | --epochs: must be
+train | --max-steps 0 | --max-steps: must be
+train | --batch-size 0 | --batch-size: must be
 train | --max-length 20 | 64 of 64 examples have prompts that fill --max-length 20
+train | --max-length 513 | beyond the 512 positions of tiny
+train | --calibration-max-tokens 512 | beyond the 512 positions of tiny
+train | --calibration-samples 0 | --calibration-samples: must be
+train | --log-every 0 | --log-every: must be
+train | --seed -1 | --seed: must be
 train | --seed 1000 | --seed: must be from 0 to 999
-train | --device cuda:99 | --device cuda:99: this torch sees
+train | --method milora | invalid choice: 'milora'
+train | --method lora | --basis-rank --compare --task-samples would be ignored
+train | --device banana | --device banana: it is cpu, cuda or
+train | --device cuda:99 | --device cuda:99: it is cpu, cuda or
+train | --steps 5 | unrecognized arguments: --steps 5
+train | --target-modules nothing | no nn.Linear is called nothing
+train | --target-modules lm_head | lm_head shares its weight
 train | --model nowhere | nowhere: no such directory, and no short name
+train | --model runs/nowhere | runs/nowhere: no such directory
+train | --model good.jsonl | good.jsonl: neither a checkpoint
+train | --calibration-model nowhere | nowhere: no such directory
+train | --tasks facts,trivia | unknown task trivia
+train | --tasks nll=gone.jsonl | gone.jsonl: no such file
 train | --tasks gsm8k=good.jsonl | good.jsonl, line 1: its answer has no number after ####
+train | --tasks facts=half.jsonl | half.jsonl, line 2: no field called answers or answer
+train | --data gone.jsonl | gone.jsonl: no such file
 train | --data half.jsonl | half.jsonl, line 2: no field called answer
+train | --data list.jsonl | list.jsonl, line 2: not JSON with fields
+train | --data cut.jsonl | cut.jsonl, line 2: not JSON
+train | --data latin.jsonl | latin.jsonl, line 1: not JSON with fields, {...}, in UTF-8
+train | --data null.jsonl | null.jsonl, line 1: no field called question
+train | --data none.jsonl | none.jsonl: no rows
+train | --calibration gone.jsonl | gone.jsonl: no such file
 train | --calibration five.jsonl | five.jsonl, line 1: no field called text or question
 train | --out good.jsonl | File exists: 'good.jsonl'
+train | --out good.jsonl/run | Not a directory: 'good.jsonl/run'
 train | --out . | . holds
+eval |  | required: MODEL
 eval | nowhere | nowhere: no such directory
+eval | good.jsonl | good.jsonl: neither a checkpoint
+eval | tiny --limit 0 | --limit
+eval | tiny --limit few | --limit: invalid int value: 'few'
 eval | tiny --dtype int8 | invalid choice
+eval | tiny --device banana | --device banana: it is cpu, cuda or
+eval | tiny --tasks trivia | unknown task trivia
 eval | tiny --tasks= | nothing to score
 eval | tiny --tasks nll=cut.jsonl | cut.jsonl, line 2: not JSON
+eval | tiny --tasks facts=none.jsonl | none.jsonl: no rows
 eval | tiny --harness mmlu | pip install lm-eval
+eval | tiny --banana 5 | unrecognized arguments: --banana 5
 """.strip().splitlines()]
 
 

@@ -204,7 +204,8 @@ def targets_of(options, model):
 
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
-    ev.resolve_model(options.model)
+    for name in filter(None, (options.model, options.calibration_model)):
+        ev.resolve_model(name)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     if options.calibration != "self":
         ev.given_texts(options.calibration, options.calibration_samples)
@@ -214,14 +215,15 @@ def load(options):
     device = torch.device(options.device)
     model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
     folora.find_targets(model, targets_of(options, model), options.rank)
-    max_length = min(options.max_length, ev.positions(model))
-    return model, tokenizer, ev.encode_all(tokenizer, pairs, max_length), tasks
+    longest = max(options.max_length, options.calibration_max_tokens + 1)
+    ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
+            f"the {ev.positions(model)} positions of {options.model}")
+    return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
 def calibration_texts(options, model, tokenizer):
     """The token lists behind C_pre."""
-    longest = min(options.calibration_max_tokens, ev.positions(model) - 1)
-    count = options.calibration_samples
+    longest, count = options.calibration_max_tokens, options.calibration_samples
     if options.calibration != "self":
         texts = ev.given_texts(options.calibration, count)
         return [tokenizer(text)["input_ids"][:longest] for text in texts]
