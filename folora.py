@@ -30,7 +30,6 @@ Not included: dense weights (Appendix D), weight decay, convolutions, fused expe
 Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import ctypes
-import functools
 import itertools
 import json
 import math
@@ -53,9 +52,8 @@ def _factors(layer):
     if isinstance(layer, LoRALinear):
         return layer.lora_A, layer.lora_B, layer.scaling
     if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        for name in set(layer.active_adapters) & set(layer.lora_A):
+            return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
@@ -72,20 +70,20 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         wrong = [name for name, module in found.items()
                  if hasattr(module, "parameter_name") or not starts(*_factors(module))]
         if wrong or not found:
-            raise ValueError("PEFT must wrap linear layers, no experts or convolutions, with "
-                             f"trainable LoRA and init_lora_weights=True: {wrong or 'none is'}")
+            raise ValueError("PEFT must have wrapped linear layers, with trainable LoRA and "
+                             f"init_lora_weights=True: {wrong or 'it has not'}")
         return found
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         target_modules = [name for name, module in linears.items() if module is not head]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    named = {t: {n for n in linears if f".{n}".endswith(f".{t}")} for t in targets}
-    missing = [target for target in named if not named[target]]
-    if missing or not named:
+    ends = tuple(f".{target}" for target in targets)
+    found = {name: module for name, module in linears.items() if f".{name}".endswith(ends)}
+    missing = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in found)]
+    if missing or not found:
         there = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(f"no nn.Linear is called {missing}, but {', '.join(there)}")
-    found = {n: m for n, m in linears.items() if any(n in names for names in named.values())}
     for name, module in found.items():
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             raise ValueError(f"{name} is adapted (merge first) or quantised (use get_peft_model)")
@@ -121,36 +119,34 @@ def plain_mode(model):
 
 @torch.no_grad()
 def collect_covariances(model, batches, target_modules=TARGET_MODULES):
-    """Input covariances of the target layers: C_pre or C_task, depending on the text.
+    """C_pre or C_task, depending on the text: {module name: (d_in, d_in) float32 on the CPU}, the
+    mean of x xᵀ over all tokens that a module reads, where the paper has the sum. Modules that read
+    one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count; do not pad for layers that read only some.
-    returns      {module name: (d_in, d_in) float32 on the CPU}: the mean of x xᵀ over all tokens,
-                 where the paper has the sum. Readers of one input (q, k, v; gate, up) share one.
-    ValueError   a layer that no token reached, inputs that are not finite
+                 "attention_mask" is 0 do not count; experts, which read only some, need no padding.
+    ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
     sums, tokens, first_reader = {}, Counter(), {}
-    last_input = last_name = mask = None
+    last_input = last_module = mask = None
 
-    def hook(module, args, kwargs, name):
-        nonlocal last_input, last_name
+    def hook(module, args, kwargs):
+        nonlocal last_input, last_module
         x = args[0] if args else kwargs["input"]
-        if x is not last_input:                                 # `name` is the first to read x
-            last_input, last_name = x, name
+        if x is not last_input:                                 # `module` is the first to read x
+            last_input, last_module = x, module
             rows = x.reshape(-1, x.shape[-1]).float()           # (batch * length, d_in)
             if mask is not None:
                 rows = rows[mask.flatten().bool().to(rows.device)]           # (tokens, d_in)
-            C = sums.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1]))
-            C.addmm_(rows.mT, rows)                             # C += X Xᵀ, where X = rowsᵀ
-            tokens[name] += len(rows)
-        if first_reader.setdefault(name, last_name) != last_name:
-            raise ValueError(f"{name} shares its input in some calls only: leave it out")
+            sums[module] = sums.get(module, 0) + rows.mT @ rows              # X Xᵀ, X = rowsᵀ
+            tokens[module] += len(rows)
+        if first_reader.setdefault(module, last_module) is not last_module:
+            raise ValueError("a layer shares its input in some calls only: leave it out")
 
     with plain_mode(model), ExitStack() as hooks:
-        for name, module in targets.items():
-            call = functools.partial(hook, name=name)
-            hooks.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+        for module in targets.values():
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in batches:
             ids = batch.get("input_ids") if hasattr(batch, "items") else batch
             if ids is not None and getattr(ids, "ndim", 0) != 2:
@@ -158,23 +154,21 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask, last_input = batch.get("attention_mask"), None
             model(**batch)
-    for name in targets:
-        if not tokens[first_reader.get(name)]:
-            raise ValueError(f"no token reached {name}: give text that does, or leave it out")
-    means = {name: (total / tokens[name]).cpu() for name, total in sums.items()}
-    return {name: means[first_reader[name]] for name in targets}
+    unread = [name for name, module in targets.items() if not tokens[first_reader.get(module)]]
+    if unread:
+        raise ValueError(f"no token reached {unread}: give text that does, or leave them out")
+    means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
+    return {name: means[first_reader[module]] for name, module in targets.items()}
 
 
 # ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
 
 def _cholesky(C, *ridges):
     """L (d, d) in float64 with L Lᵀ = C + ridge · I, for the first ridge that allows it."""
+    C = C.double()
     for ridge in ridges:
-        H = C.to(torch.float64, copy=True)
-        H.diagonal().add_(ridge)
-        L, info = torch.linalg.cholesky_ex(H)
-        if not info and L.isfinite().all():
-            return L
+        with suppress(torch.linalg.LinAlgError):
+            return torch.linalg.cholesky(C + ridge * torch.eye(len(C)).to(C))
     raise ValueError(f"a covariance + {ridge:g} I is not positive definite, or not finite")
 
 
@@ -202,30 +196,26 @@ def _top_eigenvectors(apply, like, k, steps=8, extra=32):
 
 
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
-    """Solve C_task v = γ H v with H = C_pre + τ I (Eq. 11-15). For a rank-one ΔA = u vᵀ the utility
-    per forgetting is vᵀ C_task v / vᵀ H v (Eq. 8-10), which is stationary there and equal to γ.
+    """Solve C_task v = γ H v with H = C_pre + τ I (Eq. 11-15). Then vᵀ C_task v / vᵀ H v = γ, which
+    is the utility per forgetting of a rank-one ΔA = u vᵀ (Eq. 8-10).
 
-    C_task, C_pre   (d, d), symmetric, positive semidefinite, of any rank
-    tau, k          τ > 0; the k directions of largest γ, to about 2% (None: all d, the paper's)
+    C_task, C_pre   (d, d), symmetric, positive semidefinite, of any rank; τ in units of C_pre
+    k               the k directions of largest γ, to about 2% (None: all d, the paper's)
     returns         gamma (k,), descending; V (d, k) with Vᵀ H V = I and Vᵀ C_task V = Γ
     ValueError      C_pre + τ I is not positive definite or not finite
 
-    The paper's V = H^(-1/2) R has the symmetric root (Eq. 16-17). Any L with L Lᵀ = H gives the
-    same V up to signs and to rotations inside a repeated γ. Adam ignores signs.
+    The paper's V = H^(-1/2) R has the symmetric root. Any L with L Lᵀ = H gives the same V up to
+    signs, which Adam ignores, and to rotations inside a repeated γ.
     """
-    L, C = _cholesky(C_pre, tau), C_task.to(C_pre.dtype)
-    solve = torch.linalg.solve_triangular
+    L, C, solve = _cholesky(C_pre, tau), C_task.double(), torch.linalg.solve_triangular
+    # Eq. 16: M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. In float32 its error would be cond(H) · 1e-7.
+    M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
     if k is None or k >= len(C):
-        half = solve(L, C.double(), upper=False)                # L⁻¹ C_task
-        M = solve(L, half.mT, upper=False).to(C.dtype)          # L⁻¹ C_task L⁻ᵀ
-        gamma, R = (t.flip(-1) for t in _eigh(M))               # Eq. 16: M = R Γ Rᵀ
+        gamma, R = (t.flip(-1) for t in _eigh(M_times(torch.eye(len(C)).to(C)).float()))
     else:
-        L_32 = L.to(C.dtype)                                    # float32 is enough to find R
-        M_times = lambda Q: solve(L_32, C @ solve(L_32.mT, Q, upper=True), upper=False)
         gamma, R = _top_eigenvectors(M_times, C, k)
-    # Eq. 17: V = L⁻ᵀ R. In float32 it would be off by cond(H) · 1e-7, all of it where H is small.
-    V = solve(L.mT, R.double(), upper=True)
-    return gamma.clamp(min=0), V.to(C.dtype)
+    V = solve(L.mT, R.double(), upper=True)                     # Eq. 17: V = L⁻ᵀ R
+    return gamma.clamp(min=0).to(C_pre), V.to(C_pre)
 
 
 # ---- 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction ---------------
@@ -234,21 +224,20 @@ def spectral_gate(gamma, lam, s_min):
     """The gate (k,) of gamma (k,). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
     if not 0 < lam < math.inf or not 0 <= s_min <= 1:
         raise ValueError(f"lam must be > 0, s_min in [0, 1], not lam = {lam}, s_min = {s_min}")
-    s = gamma / (gamma + lam)                                   # Eq. 22: s_i = γ_i / (γ_i + λ)
-    return s.clamp(min=s_min)                                   #         s̃_i = max(s_i, s_min)
+    return (gamma / (gamma + lam)).clamp(min=s_min)             # Eq. 22: max(γ_i / (γ_i + λ), s_min)
 
 
 class SAdam(torch.optim.Optimizer):
-    """Spectral-gated Adam for A and plain Adam for all else, in one optimiser. As Vᵀ H V = I and
-    Adam's steps are about lr in every coordinate, without the gate all would cost the same.
+    """Spectral-gated Adam for A and plain Adam for all else, in one optimiser.
 
-    params          parameters or groups, as for torch.optim.Adam. A group with a "basis" (d_in, k)
-                    and a "gate" (k,) is spectral: its parameters are matrices A (rank, d_in), which
-                    move in the basis' span only. Any other group gets torch.optim.Adam's numbers.
+    params          as for torch.optim.Adam. A group with a "basis" (d_in, k) and a "gate" (k,) is
+                    spectral: its matrices A (rank, d_in) move in the basis' span only, and their
+                    moments are (rank, k). Any other group gets torch.optim.Adam's numbers.
     lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
 
-    The state_dict holds the bases: computed again they may differ in signs, and the moments (rank,
-    k) belong to the saved columns.
+    The state_dict holds the bases, since bases that are computed again may differ in signs. As
+    Vᵀ H V = I, a step's squared length in V's coordinates is its forgetting: without the gate every
+    direction would cost the same, whatever its use.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -320,11 +309,9 @@ def null_space(C, rank):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen nn.Linear plus a trainable low-rank term: y = W x + κ B A x, κ = alpha / rank.
-
-    alpha    None: κ = 1
-    A0, B0   neither: LoRA's start, A Kaiming-uniform and B = 0. A0 (rank, d_in) alone: the paper's,
-             B0 = κ⁻¹ W0 A0ᵀ. Both: as given.
+    """A frozen nn.Linear plus a trainable low-rank term: y = W x + κ B A x, κ = alpha / rank, or 1
+    if alpha is None. Without A0 (rank, d_in) it has LoRA's start, A Kaiming-uniform and B = 0; with
+    A0 alone B.3's, B0 = κ⁻¹ W0 A0ᵀ; or else the given A0 and B0 (d_out, rank).
 
     W_res = W0 - κ B0 A0 takes W0's place, so the layer starts as W0, up to rounding. A and B are
     float32. Hugging Face's save_pretrained would lose them: save_adapter or merge first.
@@ -343,11 +330,8 @@ class LoRALinear(nn.Linear):
         B0 = W0 @ A0.mT / self.scaling if B0 is None else B0.to(W0)          # κ⁻¹ W0 U_perp
         self.lora_A, self.lora_B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
         if B0.any():
-            self.start = A0, B0
-            self.freeze(W0 - self.scaling * B0 @ A0)
-
-    def freeze(self, W):
-        self.weight = nn.Parameter(W.to(self.weight.dtype), requires_grad=False)
+            self.start, W_res = (A0, B0), W0 - self.scaling * B0 @ A0
+            self.weight = nn.Parameter(W_res.to(self.weight.dtype), requires_grad=False)
 
     def forward(self, x):
         low = x @ self.lora_A.to(x.dtype).mT                    # A x: (..., d_in) -> (..., r)
@@ -359,13 +343,12 @@ class LoRALinear(nn.Linear):
 def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
     """Solve one eigenproblem per distinct input. Nothing here depends on λ, s_min, lr or alpha.
 
-    C_pre, C_task   from collect_covariances. Each is divided by its mean eigenvalue, so that γ
-                    compares shares of energy.
-    rank, tau       the rank of A0; the ridge of H, relative to the mean eigenvalue of C_pre
-    basis_rank      k, the number of directions in which A may move (None: all, the paper's)
-    progress        called with 1 for each input that was solved, on `device`
-    returns         [{"modules": names of the layers that read this input, "A0": (rank, d_in),
-                    "gamma": (k,), "V": (d_in, k)}] on the CPU, which torch.save keeps
+    C_pre, C_task     from collect_covariances; here each is divided by its mean eigenvalue
+    rank, tau         the rank of A0; the ridge of H, relative to the mean eigenvalue of C_pre
+    basis_rank        k, the number of directions in which A may move (None: all, the paper's)
+    progress, device  called with 1 for each input that was solved; where to solve
+    returns           [{"modules": names of the layers that read this input, "A0": (rank, d_in),
+                      "gamma": (k,), "V": (d_in, k)}] on the CPU, which torch.save keeps
     """
     readers, bases = {}, []
     for name in C_pre:
@@ -408,8 +391,6 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
         A0, As = basis["A0"], []
         for name in basis["modules"]:
             layer = model.get_submodule(name)
-            if layer.in_features != A0.shape[1]:
-                raise ValueError(f"these bases are another model's: {name} has another width")
             if not wrapped:
                 B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
                 layer = LoRALinear(layer, len(A0), alpha, A0, B0)
@@ -445,7 +426,6 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     tau, basis_rank    as in decompose. With more directions the adapter learns and forgets more.
     lam, s_min         the gate's sharpness and floor, Eq. 22
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
-    ValueError         before any forward pass: a value out of range, an unknown target
 
     The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
     first. Covariances take 8 d_in² bytes of host memory per distinct input.
@@ -453,34 +433,27 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     factors = map(_factors, find_targets(model, target_modules, rank).values())
     rank = max((len(A) for A, _, _ in filter(None, factors)), default=rank)
     if not all(0 < x < math.inf for x in (lr, tau, alpha, basis_rank) if x is not None):
-        raise ValueError("lr, tau, alpha and basis_rank must be > 0 and finite, not "
-                         f"{lr}, {tau}, {alpha} and {basis_rank}")
+        raise ValueError(f"must be > 0: {lr = }, {tau = }, {alpha = }, {basis_rank = }")
     spectral_gate(torch.ones(1), lam, s_min)                    # raises if out of range
     C_pre, C_task = (collect_covariances(model, batches, target_modules)
                      for batches in (pretrain_batches, task_batches))
-    device = next(model.parameters()).device
-    bases = decompose(C_pre, C_task, rank, tau, basis_rank, device=device)
+    bases = decompose(C_pre, C_task, rank, tau, basis_rank, None, next(model.parameters()).device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(bases)          # two solvers may differ in signs
     return attach(model, bases, lr, alpha, lam, s_min, zero_start)
 
 
-def _adapted(model):
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise ValueError("no LoRALinear: for PEFT's use save_pretrained and merge_and_unload")
-    return layers
-
-
 @torch.no_grad()
 def merge(model):
-    """Put W = W_res + κ B A, rounded to the layer's dtype, in place of every LoRALinear, and return
-    the model, which is still frozen."""
-    for name, layer in _adapted(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        layer.freeze(layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A)
-        linear.weight, linear.bias = layer.weight, layer.bias
-        model.set_submodule(name, linear)
+    """Put W = W_res + κ B A, rounded to the layer's dtype, in place of every LoRALinear. The model
+    is returned, still frozen. PEFT's own models have merge_and_unload."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
+            linear.bias = layer.bias
+            model.set_submodule(name, linear)
     return model
 
 
@@ -488,34 +461,29 @@ def merge(model):
 def save_adapter(model, directory):
     """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
     they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r."""
-    tensors, layers = {}, _adapted(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
+    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, layer in layers.items():
         A, B = layer.lora_A, layer.lora_B
         A0, B0 = layer.start or (A[:0], B[:, :0])
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([A, A0])
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.cat([B, -B0], dim=1)
+        for factor, t in ("lora_A", torch.cat([A, A0])), ("lora_B", torch.cat([B, -B0], dim=1)):
+            values, begin = t.cpu().contiguous(), len(data)
+            data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
+            header[f"base_model.model.{name}.{factor}.weight"] = {
+                "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
     rank = len(A) + len(A0)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
               "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
-    folder = Path(directory)
+    folder, text = Path(directory), json.dumps(header).encode()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    (folder / "adapter_model.safetensors").write_bytes(_safetensors(tensors))
-
-
-def _safetensors(tensors):
-    """float32 tensors as a file of the safetensors format: the length of a header (8 bytes, little
-    endian), the header (JSON: dtype, shape and place of each tensor), the numbers."""
-    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
-    for name, tensor in tensors.items():
-        values, start = tensor.cpu().contiguous(), len(data)
-        data += ctypes.string_at(values.data_ptr(), values.nbytes)           # needs no numpy
-        place = {"shape": list(values.shape), "data_offsets": [start, len(data)]}
-        header[name] = {"dtype": "F32", **place}
-    text = json.dumps(header).encode()
+    # The safetensors format: the header's length in 8 bytes, the header in JSON, the numbers.
     text += b" " * (-len(text) % 8)                             # the numbers begin at 8 n bytes
-    return len(text).to_bytes(8, "little") + text + data
+    content = len(text).to_bytes(8, "little") + text + data
+    (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
@@ -554,13 +522,12 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     """Sample pretraining text from the model (Eq. 27) by B.4's protocol: ancestral sampling from
     BOS, a decoding drawn from a mixture, degenerate text and duplicates rejected.
 
-    model          a causal language model with Hugging Face's `generate`
-    tokenizer      needs bos_token_id, eos_token_id and decode; for a BOS that is missing (Qwen) the
-                   generation_config's is taken, else EOS
-    progress       called with 1 for each accepted sample, such as tqdm(total=num_samples).update
-    returns        num_samples LongTensors on the CPU, BOS first, in random order; the same ones for
-                   the same seed, batch_size, dtype (the model's; B.4 has float16) and device
-    RuntimeError   more than 64 samples, and ten for each accepted one, are rejected
+    model, tokenizer   Hugging Face's. Where the tokenizer has no BOS (Qwen), the generation_config's
+                       is taken, else EOS. EOS ends a text after min_new_tokens only.
+    progress           called with 1 for each accepted sample, such as a tqdm bar's update
+    returns            num_samples LongTensors on the CPU, BOS first, in random order; the same for
+                       the same seed, batch_size, device and dtype (the model's; B.4: float16)
+    RuntimeError       more than 64 samples, and ten for each accepted one, are rejected
     """
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None) or tokenizer.eos_token_id
