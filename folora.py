@@ -83,12 +83,13 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     missing = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in found)]
     if missing or not found:
         there = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no nn.Linear is called {missing}, but {', '.join(there)}")
+        raise ValueError(f"no nn.Linear is called {', '.join(missing)}, but {', '.join(there)}")
     for name, module in found.items():
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             raise ValueError(f"{name} is adapted (merge first) or quantised (use get_peft_model)")
         if not isinstance(rank, int) or not 0 < rank <= module.in_features:
-            raise ValueError(f"rank {rank} is no integer from 1 to {module.in_features}, {name}'s")
+            raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width, "
+                             "or no integer")
     return found
 
 
@@ -224,7 +225,7 @@ def spectral_gate(gamma, lam, s_min):
     """The gate (k,) of gamma (k,). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
     if not 0 < lam < math.inf or not 0 <= s_min <= 1:
         raise ValueError(f"lam must be > 0, s_min in [0, 1], not lam = {lam}, s_min = {s_min}")
-    return (gamma / (gamma + lam)).clamp(min=s_min)             # Eq. 22: max(γ_i / (γ_i + λ), s_min)
+    return (gamma / (gamma + lam)).clamp(min=s_min)             # Eq. 22: max(γ / (γ + λ), s_min)
 
 
 class SAdam(torch.optim.Optimizer):
@@ -522,8 +523,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     """Sample pretraining text from the model (Eq. 27) by B.4's protocol: ancestral sampling from
     BOS, a decoding drawn from a mixture, degenerate text and duplicates rejected.
 
-    model, tokenizer   Hugging Face's. Where the tokenizer has no BOS (Qwen), the generation_config's
-                       is taken, else EOS. EOS ends a text after min_new_tokens only.
+    model, tokenizer   Hugging Face's. Where the tokenizer has no BOS (Qwen), generation_config's is
+                       taken, else EOS. EOS ends a text after min_new_tokens only.
     progress           called with 1 for each accepted sample, such as a tqdm bar's update
     returns            num_samples LongTensors on the CPU, BOS first, in random order; the same for
                        the same seed, batch_size, device and dtype (the model's; B.4: float16)
