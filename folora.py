@@ -52,8 +52,8 @@ def _factors(layer):
     if isinstance(layer, LoRALinear):
         return layer.lora_A, layer.lora_B, layer.scaling
     if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-        for name in set(layer.active_adapters) & set(layer.lora_A):
-            return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        for n in (name for name in layer.active_adapters if name in layer.lora_A):
+            return layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
@@ -125,7 +125,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count; experts, which read only some, need no padding.
+                 "attention_mask" is 0 do not count. A mask needs layers that read every token.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
@@ -268,7 +268,7 @@ class SAdam(torch.optim.Optimizer):
     def _update(self, A, G, state, group):
         V, gate, eps, (beta1, beta2) = (group[key] for key in ("basis", "gate", "eps", "betas"))
         if V is not None and A.element_size() < 4:              # its steps would be rounded away
-            raise ValueError(f"A has been cast to {A.dtype}, as by TRL: p.data = p.data.float()")
+            raise ValueError(f"A was cast to {A.dtype}, as TRL does: cast back, p.data.float()")
         if V is not None:
             G = (G.to(V.dtype) @ V).to(A.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
         if not state:
@@ -360,8 +360,7 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
         gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)
         solved = {"A0": null_space(pre, min(rank, len(pre))), "gamma": gamma, "V": V.contiguous()}
         bases.append({"modules": names, **{key: t.cpu() for key, t in solved.items()}})
-        if progress:
-            progress(1)
+        progress and progress(1)
     return bases
 
 
@@ -404,14 +403,13 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
             # lr serves layers and models of every scale. The paper's start gets plain Adam for B.
             scale = _row_length(layer) / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
             plain.append({"params": [B], "scale": scale})
-            A.needs_sadam = True
+            A.needs_sadam = B.needs_sadam = True
             As.append(A)
         # A bfloat16 basis takes half the memory. float16 would lose small gradients.
         dtype = torch.bfloat16 if layer.weight.dtype == torch.bfloat16 else torch.float32
         gate = spectral_gate(basis["gamma"], lam, s_min).to(A.device)
         spectral.append({"params": As, "basis": basis["V"].to(A.device, dtype), "gate": gate})
-    ours = {p for group in spectral + plain for p in group["params"]}
-    others = [p for p in model.parameters() if p.requires_grad and p not in ours]
+    others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "needs_sadam")]
     plain += [{"params": others, "scale": 0.1}] if others else []
     return SAdam(spectral + plain, lr)
 
