@@ -338,6 +338,15 @@ class LoRALinear(nn.Linear):
         low = x @ self.lora_A.to(x.dtype).mT                    # A x: (..., d_in) -> (..., r)
         return super().forward(x) + self.scaling * (low @ self.lora_B.to(x.dtype).mT)
 
+    @torch.no_grad()
+    def merged(self):
+        """A plain nn.Linear, still frozen: W = W_res + κ B A, rounded to the layer's dtype."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        W = self.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        linear.weight = nn.Parameter(W.to(self.weight.dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
 
 # ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
 
@@ -442,17 +451,12 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     return attach(model, bases, lr, alpha, lam, s_min, zero_start)
 
 
-@torch.no_grad()
 def merge(model):
-    """Put W = W_res + κ B A, rounded to the layer's dtype, in place of every LoRALinear. The model
-    is returned, still frozen. PEFT's own models have merge_and_unload."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
-            W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
-            linear.bias = layer.bias
-            model.set_submodule(name, linear)
+    """Put a plain nn.Linear in place of every LoRALinear, and return the model. PEFT's own models
+    have merge_and_unload."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.merged())
     return model
 
 
