@@ -71,7 +71,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
                  if hasattr(module, "parameter_name") or not starts(*_factors(module))]
         if wrong or not found:
             raise ValueError("PEFT must have wrapped linear layers, with trainable LoRA and "
-                             f"init_lora_weights=True: {wrong or 'it has not'}")
+                             f"init_lora_weights=True: {wrong[:1] or 'none'} has not")
         return found
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if target_modules == "all-linear":
@@ -125,7 +125,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count. A mask needs layers that read every token.
+                 "attention_mask" is 0 do not count; with one, every layer must read every token.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
@@ -149,7 +149,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         for module in targets.values():
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in batches:
-            ids = batch.get("input_ids") if hasattr(batch, "items") else batch
+            ids = batch.get("input_ids") if hasattr(batch, "items") else 0
             if ids is not None and getattr(ids, "ndim", 0) != 2:
                 raise ValueError("a batch is a dict with input_ids (batch, length), not a list")
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -157,7 +157,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             model(**batch)
     unread = [name for name, module in targets.items() if not tokens[first_reader.get(module)]]
     if unread:
-        raise ValueError(f"no token reached {unread}: give text that does, or leave them out")
+        raise ValueError(f"no token reached {unread[0]}: give text that does, or leave it out")
     means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
     return {name: means[first_reader[module]] for name, module in targets.items()}
 

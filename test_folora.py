@@ -129,7 +129,7 @@ def test_covariances_are_means_of_x_xT_over_real_tokens(names, dtype):
 def test_layers_share_an_input_and_its_covariance_always_or_never(first, then, covariances):
     batches = [{"x": torch.randn(2, 3, 8), "k_reads": what} for what in (first, then)]
     with contextlib.nullcontext() if covariances else pytest.raises(
-            ValueError, match="shares its input|no token reached .'k_proj'"):
+            ValueError, match="shares its input|no token reached k_proj"):
         C = folora.collect_covariances(Block(), batches, BLOCK_TARGETS)
         assert C["q_proj"] is C["v_proj"] and (C["q_proj"] is C["k_proj"]) == (first == "x")
         assert len({id(c) for c in C.values()}) == covariances
@@ -757,9 +757,9 @@ REFUSED = [                                  # (message, call, options that are 
     ("called , but down_proj", collect, dict(targets=())),
     ("called proj, but down_proj", collect, dict(targets="proj")),
     ("first is adapted .merge first", prepare, dict(model=ADAPTED)),
-    ("no token reached .'q_proj'", collect, dict(batches=[]), dict(
+    ("no token reached q_proj", collect, dict(batches=[]), dict(
         batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
-    ("a batch is a dict with input_ids", collect, dict(batches=[IDS]), dict(batches=[(IDS,)]),
+    ("a batch is a dict with input_ids", collect, dict(batches=[IDS]), dict(batches=[I3]),
      dict(batches={"input_ids": IDS}), dict(batches=[{"input_ids": IDS}]),
      dict(batches=[{"input_ids": [1, 2]}])),
     (r"a covariance \+ 0.1 I is not positive", partial(folora.generalized_eigenbasis, I3, tau=0.1),
