@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import inspect
 import io
 import json
 import math
@@ -18,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tokenize
-import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +39,7 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 697, 438), ("train_math.py", 450, 332), ("eval.py", 680, 447),
+BUDGETS = [("folora.py", 560, 345), ("train_math.py", 475, 355), ("eval.py", 562, 375),
            ("assets/experiments.py", 460, 340), ("test_folora.py", 1950, 1565)]
 
 
@@ -59,8 +57,8 @@ def energy(rows, C):
 
 
 class Block(nn.Module):
-    """q, k and v read one input; q is called by keyword, and up on flat tokens, as an expert is.
-    k_reads: "other" for an input of its own, "nothing" to leave it out."""
+    """q, k and v read one input, and up flat tokens, as an expert does. k_reads: "other" for an
+    input of its own, "nothing" to leave it out."""
 
     def __init__(self, d=8):
         super().__init__()
@@ -109,46 +107,40 @@ def literal_covariance(model, batches, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("names", [BLOCK_TARGETS, ("q_proj",)])
-def test_covariances_are_means_of_x_xT_over_real_tokens(names, inference, dtype):
+def test_covariances_are_means_of_x_xT_over_real_tokens(names, dtype):
     """In float32 whatever the model's dtype. The same tensor counts again in a new batch."""
     torch.manual_seed(0)
     model, few = Block().to(dtype), torch.randn(2, 4, 8, dtype=dtype)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
     batches = [padded, {"x": few}, {"x": few}]
-    with torch.inference_mode(inference):
-        ours = folora.collect_covariances(model, batches, names)
+    ours = folora.collect_covariances(model, batches, names)
     assert tuple(ours) == names
     for name, C in ours.items():
-        assert C.dtype == torch.float32 and not C.is_inference()
+        assert C.dtype == torch.float32 and C.device == CPU
         close(C.double(), literal_covariance(model, batches, name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("first", ["x", "other", "nothing"])
-@pytest.mark.parametrize("then", ["x", "other", "nothing"])
-def test_layers_share_an_input_and_its_covariance_always_or_never(first, then):
+@pytest.mark.parametrize("first, then, covariances", [
+    ("x", "x", 4), ("other", "other", 5), ("x", "other", 0), ("other", "x", 0),
+    ("nothing", "nothing", 0)])
+def test_layers_share_an_input_and_its_covariance_always_or_never(first, then, covariances):
     batches = [{"x": torch.randn(2, 3, 8), "k_reads": what} for what in (first, then)]
-    collect = lambda: folora.collect_covariances(Block(), batches, BLOCK_TARGETS)
-    if first == then == "nothing" or first != then and "x" in (first, then):
-        with pytest.raises(ValueError, match="shares its input|no token reached k_proj"):
-            collect()
-    else:
-        C = collect()
+    with contextlib.nullcontext() if covariances else pytest.raises(
+            ValueError, match="shares its input|no token reached k_proj"):
+        C = folora.collect_covariances(Block(), batches, BLOCK_TARGETS)
         assert C["q_proj"] is C["v_proj"] and (C["q_proj"] is C["k_proj"]) == (first == "x")
-        assert len({id(c) for c in C.values()}) == (4 if first == "x" else 5)
+        assert len({id(c) for c in C.values()}) == covariances
 
 
-def test_token_counts_beyond_float32_are_exact():
-    total = torch.ones(1, 1, dtype=torch.float64)
-    assert folora._mean_over_processes("x", total, 2 ** 24 + 1).item() == 1 / (2 ** 24 + 1)
-
-
-def test_a_target_is_a_whole_name_or_its_end():
+def test_a_target_is_a_whole_name_or_its_end_or_every_layer_but_the_head(tiny):
     model = nn.Sequential(Block())
     assert [*folora.find_targets(model, "q_proj")] == ["0.q_proj"]
     assert [*folora.find_targets(model, ["0.q_proj"])] == ["0.q_proj"]
+    assert len(folora.find_targets(model, "all-linear")) == len(BLOCK_TARGETS)
+    linear = folora.find_targets(tiny[0], "all-linear")
+    assert [*linear] == [*folora.find_targets(tiny[0])] and "lm_head" not in linear
 
 
 def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
@@ -173,13 +165,13 @@ CASES = {                                    # two covariances, and the ridge
 @pytest.mark.parametrize("k", [None, 6])
 @pytest.mark.parametrize("case", CASES)
 def test_eigenbasis_against_scipy(case, k):
-    """As a stack of two. With k = 6, 38 random columns are iterated, fewer than d = 100."""
+    """With k = 6, 38 random columns are iterated, fewer than d = 100."""
     *pair, tau = CASES[case]
-    C_task = torch.stack(pair).float()
-    stack, again = (folora.generalized_eigenbasis(C_task, C_task.flip(0), tau, k) for _ in range(2))
-    assert all(map(torch.equal, stack, again))
-    for gamma, V, C, H in zip(*stack, C_task.double(), C_task.double().flip(0)):
-        gamma, V, H = gamma.double(), V.double(), H + tau * torch.eye(100)
+    for C_task, C_pre in (pair, pair[::-1]):
+        C, C_pre = C_task.float(), C_pre.float()
+        ours, again = (folora.generalized_eigenbasis(C, C_pre, tau, k) for _ in range(2))
+        assert all(map(torch.equal, ours, again)) and ours[1].dtype == torch.float32
+        gamma, V, C, H = (t.double() for t in (*ours, C, C_pre + tau * torch.eye(100)))
         mu, U = map(torch.tensor, scipy.linalg.eigh(C.numpy(), H.numpy()))       # ascending
         mu, U = mu.flip(0)[:k], U.flip(1)[:, :k]
         within = dict(rtol=0, atol=5e-3 * mu[0].item())
@@ -294,14 +286,13 @@ def test_sadam_goes_on_from_its_state_dict(spectral, tmp_path, wrapped):
     assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == (3, V.shape[1])
 
 
-@pytest.mark.parametrize("saved, message", [
-    (dict(basis=None, gate=None), "in other groups"), (dict(gate=torch.ones(4)), "do not fit")])
-def test_sadam_refuses_a_state_that_does_not_fit_and_stays_as_it_was(saved, message):
+@pytest.mark.parametrize("saved", [dict(basis=None, gate=None), dict(basis=torch.ones(4, 2))])
+def test_sadam_refuses_a_state_that_does_not_fit_and_stays_as_it_was(saved):
     basis, p = torch.eye(4)[:, :3], nn.Parameter(torch.zeros(2, 4))
     optimizer = folora.SAdam([{"params": [p], "basis": basis, "gate": torch.ones(3)}], 0.1)
     state = optimizer.state_dict()
     state["param_groups"][0].update(saved)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="bases of other shapes"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["basis"] is basis
 
@@ -309,12 +300,13 @@ def test_sadam_refuses_a_state_that_does_not_fit_and_stays_as_it_was(saved, mess
 # ---- B.3: the start ------------------------------------------------------------------------------
 
 def test_null_space_holds_the_least_energy():
-    """In a stack, at any scale, and where one direction, as a first token makes, has nearly all."""
+    """At any scale, and where one direction, as a first token makes, has nearly all."""
     C = covariance(60, 400, 1e3)
-    C = torch.stack([C, C + 200, 1e-9 * C]).float()
-    for rows, one in zip(folora.null_space(C, 7), C.double()):
+    for one in (C, C + 200, 1e-9 * C):
+        rows = folora.null_space(one.float(), 7)
         close(rows @ rows.mT, torch.eye(7), rtol=0, atol=1e-5)
-        assert energy(rows, one) <= 1.02 * scipy.linalg.eigvalsh(one.numpy())[:7].sum()
+        least = scipy.linalg.eigvalsh(one.float().double().numpy())[:7].sum()
+        assert energy(rows, one.float().double()) <= 1.02 * least
 
 
 @pytest.mark.parametrize("alpha, kappa", [(None, 1.0), (32.0, 2.0)])
@@ -388,7 +380,7 @@ def test_prepare_is_its_parts_literally():
     model, k = MLP(), 5
     W0 = model.first.weight.detach().clone().double()
     a, b = folora.prepare(model, [{"x": pre}], [{"x": 100 * task}], 0.1, rank=3, alpha=6, tau=0.05,
-                          lam=2.0, s_min=0.2, target_modules="first", zero_start=False,
+                          lam=2.0, s_min=0.6, target_modules="first", zero_start=False,
                           basis_rank=k).param_groups
     unit = lambda X: X.mT.double() @ X.double() / (X.double() ** 2).sum() * X.shape[1]
     C_pre, C_task = unit(pre), unit(task)    # the task's factor of 100 divides out
@@ -396,22 +388,14 @@ def test_prepare_is_its_parts_literally():
     gamma, V = torch.tensor(gamma).flip(0)[:k], torch.tensor(V).flip(1)[:, :k]
     assert (a["lr"], b["lr"], b["basis"], a["scale"], b["scale"]) == (0.1, 0.1, None, 1.0, 1.0)
     assert (a["params"], b["params"]) == ([model.first.lora_A], [model.first.lora_B])
-    gate = torch.clamp(gamma / (gamma + 2.0), min=0.2)
+    gate = torch.clamp(gamma / (gamma + 2.0), min=0.6)
+    assert gate.min() == 0.6 < gate.max()
     close(a["gate"].double(), gate, rtol=1e-3, atol=1e-4)
     ours = (a["basis"] * a["gate"]).double() @ a["basis"].mT.double()
     close(ours, V * gate @ V.mT, rtol=1e-2, atol=1e-2)
     A0 = model.first.lora_A.detach().double()
     assert A0.shape == (3, 16) and energy(A0, C_pre) < 1e-5          # 16 - 10 null directions
     close(2.0 * model.first.lora_B.detach().double(), W0 @ A0.mT, rtol=1e-4, atol=1e-5)
-
-
-def test_defaults_are_the_scripts_and_b4s():
-    wanted = {**train_math.PRESETS["tuned"], "rank": 128, "tau": 0.01, "min_new_tokens": 128,
-              "max_new_tokens": 512, "batch_size": 64, "seed": 0,
-              "target_modules": folora.TARGET_MODULES}
-    for function in (folora.prepare, folora.attach, folora.sample_calibration):
-        for name, parameter in inspect.signature(function).parameters.items():
-            assert parameter.default in (inspect.Parameter.empty, wanted.get(name)), name
 
 
 def test_one_learning_rate_serves_every_scale():
@@ -433,24 +417,19 @@ def test_one_learning_rate_serves_every_scale():
         close(update, updates[0], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("basis_rank", [None, 3, 8, 17])
-def test_each_distinct_input_is_solved_once_and_then_free(basis_rank):
-    model, left, widths = Block(), [], {"down_proj": 16}
-    C_pre, C_task = (folora.collect_covariances(model, [{"x": torch.randn(4, 20, 8)}],
-                                                BLOCK_TARGETS) for _ in range(2))
-    alive = [weakref.ref(C) for C in (*C_pre.values(), *C_task.values())]
-    bases = folora.decompose(C_pre, C_task, 2, basis_rank=basis_rank, progress=lambda one: (
-        left.append((one, len(C_pre), len(C_task), sum(C() is not None for C in alive)))))
-    assert left == [(1, n, n, 2 * n) for n in (3, 2, 1, 0)]          # after q, k, v; o; up; down
-    assert [basis["modules"] for basis in bases] == [
+@pytest.mark.parametrize("basis_rank", [None, 3, 17])
+def test_each_distinct_input_is_solved_once(basis_rank):
+    model, bar = Block(), []
+    C = folora.collect_covariances(model, [{"x": torch.randn(4, 20, 8)}], BLOCK_TARGETS)
+    bases = folora.decompose(C, C, 2, 0.01, basis_rank, bar.append, device="cpu")
+    assert bar == [1] * 4 and [basis["modules"] for basis in bases] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["up_proj"], ["down_proj"]]
-    for basis in bases:
-        d = widths.get(basis["modules"][0], 8)
-        shapes = [tuple(basis[name].shape) for name in ("A0", "V", "gamma")]
-        assert shapes == [(2, d), (d, min(basis_rank or d, d)), (min(basis_rank or d, d),)]
-    groups = folora.attach(model, bases, 0.1).param_groups
-    attention = [getattr(model, f"{name}_proj").lora_A for name in "qkv"]
-    assert all(p is A for p, A in zip(groups[0]["params"], attention, strict=True))
+    for basis, d in zip(bases, (8, 8, 8, 16)):
+        k = min(basis_rank or d, d)
+        assert [basis[name].shape for name in ("A0", "V", "gamma")] == [(2, d), (d, k), (k,)]
+    group = folora.attach(model, bases, 0.1).param_groups[0]
+    for p, layer in zip(group["params"], (model.q_proj, model.k_proj, model.v_proj), strict=True):
+        assert p is layer.lora_A
 
 
 @pytest.mark.parametrize("dtype, wanted", [
@@ -466,14 +445,6 @@ def test_adapters_are_float32_a_basis_may_be_bfloat16_and_merge_rounds_once(dtyp
     assert (folora.merge(model)["f"].weight == W.to(dtype)).float().mean() > 0.98
 
 
-def test_a_scheduler_that_sets_the_learning_rate_leaves_the_scale_of_B_alone():
-    optimizer = prepare(batches=[{"x": low_rank_inputs()[0]}])
-    before = [group["scale"] for group in optimizer.param_groups]
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
-    assert before == [group["scale"] for group in optimizer.param_groups] and before[1] != 1.0
-    assert len({group["lr"] for group in optimizer.param_groups}) == 1
-
-
 def test_the_file_stands_alone():
     """On torch and the standard library, also inside its functions."""
     tree, names = ast.parse((HERE / "folora.py").read_text()), set()
@@ -485,16 +456,15 @@ def test_the_file_stands_alone():
 
 # ---- B.4: calibration text -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("distinct, n, equal, reason", [
-    (99, 31, 0, "fewer than 32 tokens"), (99, 32, 0, None),
-    (40, 40, 20, "a run of 20 equal tokens"), (40, 40, 19, None),
-    (15, 127, 0, None), (15, 128, 0, "too few distinct tokens"), (16, 128, 0, None),
-    (23, 200, 0, "too few distinct tokens"), (24, 200, 0, None),     # 24 of 200 are 0.12
-    (60, 255, 0, None), (63, 256, 0, "too few distinct 4-grams"), (64, 256, 0, None),
-    (63, 259, 0, "too few distinct 4-grams"), (64, 259, 0, None)])   # 64 of 256 4-grams are 0.25
-def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(distinct, n, equal, reason):
+@pytest.mark.parametrize("distinct, n, equal, rejected", [
+    (99, 31, 0, True), (99, 32, 0, False), (40, 40, 20, True), (40, 40, 19, False),
+    (15, 127, 0, False), (15, 128, 0, True), (16, 128, 0, False),
+    (23, 200, 0, True), (24, 200, 0, False),                         # 24 of 200 are 0.12
+    (60, 255, 0, False), (63, 256, 0, True), (64, 256, 0, False),
+    (63, 259, 0, True), (64, 259, 0, False)])                        # 64 of 256 4-grams are 0.25
+def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(distinct, n, equal, rejected):
     """n tokens that go round so many distinct ones, and then so many equal ones."""
-    assert folora.reject_reason([i % distinct for i in range(n)] + [777] * equal) == reason
+    assert folora.is_degenerate([i % distinct for i in range(n)] + [777] * equal) == rejected
 
 
 class FakeGenerator(nn.Module):
@@ -552,20 +522,11 @@ def test_a_text_starts_with_bos_or_else_the_configurations_or_else_eos(own, conf
     assert {text[0] for text in sample(model, 3, 1, 1, bos=own)} == {wanted}
 
 
-def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
-    draw = lambda **seed: sample(FakeGenerator(), 5, **seed)
-    state = torch.random.get_rng_state()
-    assert draw() == draw(seed=0) != draw(seed=1)
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-@pytest.mark.parametrize("accepted", [0, 2])
-def test_sampling_gives_up_on_a_model_that_only_produces_rejects(accepted):
+def test_sampling_gives_up_on_a_model_that_only_produces_rejects():
     """After 64 rejects, and ten more for each accepted sample."""
-    queue = [list(range(k + 3, k + 53)) for k in range(accepted)]
+    queue = [list(range(k + 3, k + 53)) for k in range(2)]
     model = FakeGenerator(lambda: queue.pop() if queue else [5] * 50)
-    with pytest.raises(RuntimeError, match=f"text: {65 + 10 * accepted} samples, the last for exact"
-                                           f" duplicate, and {accepted} accepted"):
+    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
         sample(model, 100)
     assert model.training
 
@@ -573,10 +534,14 @@ def test_sampling_gives_up_on_a_model_that_only_produces_rejects(accepted):
 def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny):
     (model, tokenizer), texts = copy.deepcopy(tiny), []
     config = dict(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, num_beams=2)
-    for _ in range(2):
-        texts.append(folora.sample_calibration(model, tokenizer, 6, 128, 140))
+    for seed in (0, 0, 1):
+        torch.manual_seed(5), torch.rand(len(texts))                 # it has a seed of its own,
+        state = torch.random.get_rng_state()
+        texts.append(folora.sample_calibration(model, tokenizer, 6, 128, 140, seed=seed))
+        assert torch.equal(state, torch.random.get_rng_state())      # and leaves the global one
         vars(model.generation_config).update(config)
     assert config.items() <= vars(model.generation_config).items()
+    assert not all(map(torch.equal, texts[0], texts.pop()))
     # it says what it was pretrained on: known words, in known forms
     forms, known = r"Q: .*\?\nA: |### Instruction|\d [+-] \d+ = \d|\.\n\n", 0
     for text, again in zip(*texts, strict=True):
@@ -660,46 +625,33 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
         assert optimizer.param_groups[-1]["scale"] == 0.1
 
 
-@pytest.mark.parametrize("config, message", [
-    (dict(init_lora_weights="pissa"), "q_proj: lora_B is not 0"),
-    (dict(init_lora_weights="olora"), "lora_B is not 0"), (dict(init_lora_weights=False), "not 0"),
-    (dict(inference_mode=True), "or frozen"),
-    (dict(target_modules=["embed_tokens"]), "not a linear layer with LoRA")])
-def test_adapters_that_cannot_start_are_refused(config, message, trajectory):
-    model, _, inputs, _ = trajectory
-    with pytest.raises(ValueError, match=message):
-        folora.prepare(wrapped(model, **config), inputs, inputs, lr=1e-2)
+EXPERTS = nn.Sequential(nn.Linear(4, 4))
+EXPERTS[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
 
 
-def test_what_peft_cannot_give_is_refused_by_name(trajectory):
-    model, _, inputs, _ = trajectory
+@pytest.mark.parametrize("config", [
+    dict(init_lora_weights="pissa"), dict(init_lora_weights=False), dict(inference_mode=True),
+    dict(target_modules=["embed_tokens"]), None,
+    dict(r=2, target_modules=[], target_parameters=["0.extra"])])
+def test_adapters_that_cannot_start_are_refused(config, tiny):
+    if config is None:
+        prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        theirs = peft.get_peft_model(copy.deepcopy(tiny[0]), prompt)
+    else:
+        theirs = wrapped(EXPERTS if "target_parameters" in config else tiny[0], **config)
+    with pytest.raises(ValueError, match="PEFT must have wrapped linear layers"):
+        folora.find_targets(theirs)
     with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
-        folora.prepare(wrapped(model), inputs, inputs, lr=1e-2, zero_start=False)
-    with pytest.raises(ValueError, match="use its merge_and_unload"):
-        folora.merge(wrapped(model))
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="not a linear layer with LoRA"):
-        folora.find_targets(peft.get_peft_model(copy.deepcopy(model), prompt))
-    two = wrapped(model)
-    two.add_adapter("second", two.peft_config["default"])
-    two.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="2 adapters are active"):
-        folora.find_targets(two)
-    fused = nn.Sequential(nn.Linear(4, 4))
-    fused[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
-    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.extra"])
-    with pytest.raises(ValueError, match=r"0 is fused experts, a convolution"):
-        folora.find_targets(peft.get_peft_model(fused, config))
+        folora.attach(theirs, [], lr=1e-2, zero_start=False)
 
 
 def test_the_length_of_a_row_is_read_without_the_bias():
     layer = nn.Linear(32, 16, dtype=torch.bfloat16)
     nn.init.constant_(layer.bias, 100.0)
     expected = layer.weight.float().norm(dim=1).square().mean().sqrt().item()
-    config = peft.LoraConfig(r=2, target_modules=["0"])
-    theirs = peft.get_peft_model(nn.Sequential(layer), config).base_model.model[0]
-    assert folora._row_length(theirs) == pytest.approx(expected)
-    assert (layer.bias == 100).all()
+    theirs = wrapped(nn.Sequential(layer), target_modules=["0"]).base_model.model[0]
+    for either in (layer, theirs):
+        assert folora._row_length(either) == pytest.approx(expected)
 
 
 def test_gpt2s_conv1d_and_an_encoder_are_prepared():
@@ -744,7 +696,7 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
     _, batches, inputs, expected = trajectory
     how = dict(dtype=torch.float32, quantization_config=BitsAndBytesConfig(**how))
     model = AutoModelForCausalLM.from_pretrained(ev.TINY, **how)
-    with pytest.raises(ValueError, match="q_proj is quantised: wrap the model with PEFT"):
+    with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
         folora.find_targets(model)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(SOME))
     theirs = peft.get_peft_model(model, config)
@@ -752,44 +704,30 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
     close(losses(theirs, optimizer, batches), expected, rtol=0.05, atol=0)
     theirs.bfloat16()                                    # as TRL does with a quantised base
     theirs(**batches[0]).loss.backward()
-    with pytest.raises(ValueError, match="cast to torch.bfloat16.*cast them back"):
+    with pytest.raises(ValueError, match="cast to torch.bfloat16.*cast back"):
         optimizer.step()
 
 
-def trained_by_trl(model, tokenizer, inputs, out, resume=None, ours=True):
-    """A model after six steps of SFTTrainer with a checkpoint after three."""
+def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tiny, trajectory,
+                                                                             tmp_path):
+    """Six steps with a checkpoint after three."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     pairs = ev.to_pairs(ev.read_rows(str(ev.TINY / "train.jsonl"), limit=24), "train")
     rows = datasets.Dataset.from_list([{"prompt": q, "completion": a} for q, a in pairs])
-    theirs = wrapped(model)
-    optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
-    config = trl.SFTConfig(str(out), max_steps=6, save_steps=3, per_device_train_batch_size=4,
-                           report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
-    more = {"optimizers": (optimizer, None)} if ours else {}
-    trainer = trl.SFTTrainer(theirs, config, train_dataset=rows, processing_class=tokenizer, **more)
-    trainer.train(resume_from_checkpoint=resume)
-    return theirs
 
+    def train(out, resume=None, ours=True):
+        theirs = wrapped(tiny[0])
+        optimizer = folora.prepare(theirs, trajectory[2][:4], trajectory[2][4:], **PREPARE)
+        config = trl.SFTConfig(str(tmp_path / out), max_steps=6, save_steps=3, report_to=[],
+                               per_device_train_batch_size=4, use_cpu=True, bf16=False)
+        trl.SFTTrainer(theirs, config, train_dataset=rows, processing_class=tiny[1],
+                       optimizers=(optimizer if ours else None, None)).train(resume)
+        return theirs.parameters()
 
-def test_sfttrainer_resumes_to_the_same_weights_and_cannot_take_another_optimiser(tiny, trajectory,
-                                                                                  tmp_path):
-    inputs = trajectory[2]
-    whole = trained_by_trl(*tiny, inputs, tmp_path / "whole")
-    again = trained_by_trl(*tiny, inputs, tmp_path / "again", str(tmp_path / "whole/checkpoint-3"))
-    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    whole, again = train("whole"), train("again", str(tmp_path / "whole/checkpoint-3"))
+    assert all(map(torch.equal, whole, again))
     with pytest.raises(ValueError, match=r"optimizers=\(optimizer, None\)"):
-        trained_by_trl(*tiny, inputs, tmp_path / "third", ours=False)
-
-
-def test_a_checkpoint_of_our_layers_loads_as_the_untouched_model(tiny, tmp_path):
-    from transformers import AutoModelForCausalLM
-    model, (batches, inputs) = tiny[0], batches_of(tiny[1], 8)
-    ours = copy.deepcopy(model)
-    optimizer = folora.prepare(ours, inputs, inputs, rank=8, **PREPARE)
-    losses(ours, optimizer, batches)
-    ours.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    close(again(**inputs[0]).logits, model(**inputs[0]).logits)
+        train("third", ours=False)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -808,59 +746,31 @@ def prepare(model=None, batches=None, **how):
     return folora.prepare(model or MLP(), batches or unread(), batches or unread(), **how)
 
 
-def attach(model, *names):
-    """Adapters on these layers, from bases for inputs as wide as those of an MLP."""
-    C = {name: torch.eye(16 if name == "first" else 32) for name in names}
-    folora.attach(model, folora.decompose(dict(C), dict(C), 2) if C else [], 0.1)
-    return model
-
-
 partial, nan, inf = functools.partial, math.nan, math.inf
-I3, ONES = torch.eye(3), torch.ones(2, 4)
-TIED = nn.ModuleDict(dict.fromkeys(("q_proj", "k_proj"), nn.Linear(8, 8)))
+I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), MLP()
+ADAPTED.first = folora.LoRALinear(ADAPTED.first, 2)
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
-    ("rank . is not from 1 to 8, q_proj's width", partial(folora.find_targets, Block(), "q_proj"),
-     dict(rank=0), dict(rank=9)),
-    ("gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
-    ("called .nothing., but down_proj", collect, dict(targets=())),
+    ("rank .* is not from 1 to 16, first's width, or no integer", prepare,
+     dict(rank=17), dict(rank=0), dict(rank=2.0), dict(rank=None)),
+    ("called gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
+    ("called , but down_proj", collect, dict(targets=())),
     ("called proj, but down_proj", collect, dict(targets="proj")),
-    ("q_proj is quantised", collect, dict(model=Block().to(torch.float8_e4m3fn))),
-    ("q_proj shares its weight", collect, dict(model=TIED, targets=["q_proj"])),
-    ("no token reached q_proj", collect, dict(batches=[])),
-    ("inputs of q_proj are not finite", collect, dict(batches=[{"x": nan * torch.ones(2, 8)}])),
-    (r"received \(5, 2\) rows where attention_mask is \(2, 5\)", collect,
-     dict(batches=[{"x": torch.ones(5, 2, 8), "attention_mask": torch.ones(2, 5)}])),
+    ("first is adapted .merge first", prepare, dict(model=ADAPTED)),
+    ("no token reached q_proj", collect, dict(batches=[]), dict(
+        batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
+    ("a batch is a dict with input_ids", collect, dict(batches=[IDS]), dict(batches=[I3]),
+     dict(batches={"input_ids": IDS}), dict(batches=[{"input_ids": IDS}]),
+     dict(batches=[{"input_ids": [1, 2]}])),
     (r"a covariance \+ 0.1 I is not positive", partial(folora.generalized_eigenbasis, I3, tau=0.1),
      dict(C_pre=-I3), dict(C_pre=I3 / 0), dict(C_pre=nan * I3)),
     ("eigenproblem of a layer", partial(folora.generalized_eigenbasis, C_pre=I3, tau=0.1),
      dict(C_task=nan * I3)),
-    ("rank . is not from 1 to 3, the input", partial(folora.null_space, I3),
-     dict(rank=0), dict(rank=4)),
-    ("is out of range", partial(folora.SAdam, [ONES], lr=0.1), dict(lr=-1), dict(lr=inf),
-     dict(betas=(1, 0.9)), dict(betas=(0.9, -0.1)), dict(eps=-1), dict(eps=inf), dict(eps=nan)),
-    ("needs both|do not fit", lambda **group: folora.SAdam([{"params": [ONES], **group}], 0.1),
-     dict(basis=torch.eye(4)), dict(gate=torch.ones(4)), dict(basis=I3, gate=torch.ones(3)),
-     dict(basis=torch.eye(4), gate=torch.ones(3)), dict(basis=ONES[0], gate=torch.ones(()))),
-    ("rank . is not from 1 to 6, the input width, or not A0's",
-     partial(folora.LoRALinear, nn.Linear(6, 5), rank=2), dict(rank=0), dict(rank=7),
-     dict(A0=torch.ones(3, 6)), dict(A0=torch.ones(2, 5))),
-    ("alpha must be > 0", partial(folora.LoRALinear, nn.Linear(6, 5), 2),
-     dict(alpha=0), dict(alpha=inf)),
-    ("rank .* is not from 1 to 16, first", prepare, dict(rank=17), dict(rank=0)),
-    ("tau and alpha must be > 0", prepare,
-     dict(tau=0), dict(tau=inf), dict(alpha=0), dict(alpha=inf)),
-    ("lr must be >= 0 and basis_rank >= 1", prepare,
-     dict(lr=-1), dict(lr=inf), dict(lr=nan), dict(basis_rank=0)),
-    ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=-1), dict(lam=inf), dict(lam=nan),
+    ("must be > 0: lr = ", prepare, dict(lr=-1), dict(lr=inf), dict(lr=nan), dict(tau=0),
+     dict(alpha=0), dict(basis_rank=0)),
+    ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=inf), dict(lam=nan),
      dict(s_min=1.1), dict(s_min=-0.1)),
-    ("need the same layers", partial(folora.decompose, rank=2), dict(C_pre={}, C_task={}),
-     dict(C_pre={"a": I3, "b": I3}, C_task={"a": I3})),
-    ("no bases", partial(attach, MLP()), {}),
-    ("has adapters already", lambda: attach(attach(MLP(), "first"), "second"), {}),
-    (".* to 50 new tokens", partial(sample, None, 1, max_new_tokens=50),
-     dict(min_new_tokens=100), dict(min_new_tokens=0)),
-    ("has adapters already", lambda: prepare(attach(MLP(), "first")), {}),
-    ("batch.*dict", prepare, dict(batches=[ONES]), dict(batches=[(ONES,)]), dict(batches={"x": 1})),
+    ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
+     dict(model=MLP())),
 ]
 
 
@@ -869,25 +779,6 @@ REFUSED = [                                  # (message, call, options that are 
 def test_misuse_of_folora_is_refused(message, call, how):
     with pytest.raises(ValueError, match=message):
         call(**how)
-
-
-def test_the_bounds_themselves_are_allowed():
-    """A rank as large as the input, one direction, no learning, an open gate, an eps of zero."""
-    folora.SAdam([ONES], lr=0, betas=(0, 0), eps=0)
-    x = torch.randn(40, 16)
-    group, _ = prepare(batches=[{"x": x}], rank=16, basis_rank=1, lr=0, s_min=1).param_groups
-    assert group["params"][0].shape == (16, 16) and group["basis"].shape == (16, 1)
-    assert group["lr"] == 0 and group["gate"] == 1
-
-
-@pytest.mark.parametrize("model, names", [
-    (MLP(8), ["first"]), (MLP(), ["first", "third"]),
-    (nn.ModuleDict({"first": nn.Linear(16, 4), "second": nn.ReLU()}), ["first", "second"])])
-def test_bases_of_another_model_are_refused_and_leave_it_as_it_was(model, names):
-    with pytest.raises(ValueError, match=names[-1]):
-        attach(model, *names)
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(isinstance(module, folora.LoRALinear) for module in model.modules())
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
