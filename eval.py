@@ -101,7 +101,8 @@ def one_line(main):
             source = traceback.extract_tb(error.__traceback__)[-1].filename
             if isinstance(error, ValueError) and source != folora.__file__:
                 raise
-            message = str(error).strip() or type(error).__name__
+            interrupted = isinstance(error, KeyboardInterrupt)
+            message = "interrupted" if interrupted else str(error).strip() or type(error).__name__
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)

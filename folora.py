@@ -51,16 +51,20 @@ def _factors(layer):
     """(A, B, κ) of a LoRALinear or of a layer that PEFT has wrapped, else None. Needs no peft."""
     if isinstance(layer, LoRALinear):
         return layer.lora_A, layer.lora_B, layer.scaling
-    if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-        for n in (name for name in layer.active_adapters if name in layer.lora_A):
-            return layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) > 1:
+        raise ValueError(f"{len(active)} adapters are active: choose one with set_adapter")
+    factors = [(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in active]
+    return factors[0] if factors else None
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     """The layers to adapt, {full name: module}. Where PEFT has wrapped the model, they are PEFT's.
 
-    target_modules   names of nn.Linear modules, or the ends of names: "q_proj" is the end of
-                     "layers.0.self_attn.q_proj". "all-linear": all but the output head.
+    target_modules   a name or several, of nn.Linear modules or the ends of their names: "q_proj" is
+                     the end of "layers.0.self_attn.q_proj". "all-linear": all but the output head.
     ValueError       the layers cannot be adapted, or not with this rank
     """
     modules = dict(model.named_modules())
@@ -74,17 +78,20 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
                              f"init_lora_weights=True: {wrong[:1] or 'none'} has not")
         return found
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    if target_modules == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        target_modules = [name for name, module in linears.items() if module is not head]
     targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    if list(targets) == ["all-linear"]:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = [name for name, module in linears.items() if module is not head]
     ends = tuple(f".{target}" for target in targets)
     found = {name: module for name, module in linears.items() if f".{name}".endswith(ends)}
     missing = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in found)]
     if missing or not found:
         there = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(f"no nn.Linear is called {', '.join(missing)}, but {', '.join(there)}")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in found.items():
+        if uses[id(module.weight)] > 1:                         # a merged copy would not be tied
+            raise ValueError(f"{name} shares its weight with another module: leave it out")
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             raise ValueError(f"{name} is adapted (merge first) or quantised (use get_peft_model)")
         if not isinstance(rank, int) or not 0 < rank <= module.in_features:
@@ -118,6 +125,7 @@ def plain_mode(model):
             module.training = training
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     """C_pre or C_task, depending on the text: {module name: (d_in, d_in) float32 on the CPU}, the
@@ -140,7 +148,9 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             rows = x.reshape(-1, x.shape[-1]).float()           # (batch * length, d_in)
             if mask is not None:
                 rows = rows[mask.flatten().bool().to(rows.device)]           # (tokens, d_in)
-            sums[module] = sums.get(module, 0) + rows.mT @ rows              # X Xᵀ, X = rowsᵀ
+            if module not in sums:
+                sums[module] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            sums[module].addmm_(rows.mT, rows)                  # C += X Xᵀ, where X = rowsᵀ
             tokens[module] += len(rows)
         if first_reader.setdefault(module, last_module) is not last_module:
             raise ValueError("a layer shares its input in some calls only: leave it out")
@@ -163,13 +173,28 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
 
 # ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
+#
+# Eq. 5-7    R(ΔA) = tr(ΔA H ΔAᵀ) with H = C_pre + τ I, and U(ΔA) = tr(ΔA C_task ΔAᵀ)
+# Eq. 8-10   for a rank-one ΔA = u vᵀ:  U / R = ρ(v) = vᵀ C_task v / vᵀ H v
+# Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
+# Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ,  V = H^(-1/2) R:  Vᵀ H V = I and Vᵀ C_task V = Γ
+#
+# Since Vᵀ H V = I, forgetting is the squared length of the step in V's coordinates. Adam moves
+# every coordinate by about lr, so without the gate every direction would cost the same forgetting,
+# whatever its use. All functions here take one matrix or a stack of them, (..., d, d).
+
+def _unit(C):
+    """C divided by its mean eigenvalue, trace / d."""
+    return C / C.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
+
 
 def _cholesky(C, *ridges):
-    """L (d, d) in float64 with L Lᵀ = C + ridge · I, for the first ridge that allows it."""
-    C = C.double()
+    """L (..., d, d) in float64 with L Lᵀ = C + ridge · I, for the first ridge that allows it."""
     for ridge in ridges:
+        H = C.to(torch.float64, copy=True)
+        H.diagonal(dim1=-2, dim2=-1).add_(ridge)
         with suppress(torch.linalg.LinAlgError):
-            return torch.linalg.cholesky(C + ridge * torch.eye(len(C)).to(C))
+            return torch.linalg.cholesky(H)
     raise ValueError(f"a covariance + {ridge:g} I is not positive definite, or not finite")
 
 
@@ -185,24 +210,23 @@ def _eigh(M):
 
 
 def _top_eigenvectors(apply, like, k, steps=8, extra=32):
-    """The k largest eigenvalues (k,), descending, and eigenvectors (d, k) of a symmetric M (d, d),
-    where apply(Q) = M Q. Block iteration: k + extra random columns are multiplied by M and made
-    orthonormal, `steps` times."""
-    n, generator = min(k + extra, len(like)), torch.Generator().manual_seed(0)
-    Q = torch.randn(len(like), n, generator=generator).to(like)
+    """The k largest eigenvalues (..., k), descending, and eigenvectors (..., d, k) of a symmetric M
+    (..., d, d) like `like`, where apply(Q) = M Q. Block iteration: k + extra random columns are
+    multiplied by M and made orthonormal, `steps` times."""
+    n, generator = min(k + extra, like.shape[-1]), torch.Generator().manual_seed(0)
+    Q = torch.randn(*like.shape[:-1], n, generator=generator).to(like)
     for _ in range(steps):
-        Q = torch.linalg.qr(apply(Q)).Q                         # (d, n)
-    values, E = _eigh(Q.mT @ apply(Q))                          # (n, n): exact inside the span
-    return values.flip(0)[:k], (Q @ E).flip(1)[:, :k]
+        Q = torch.linalg.qr(apply(Q)).Q                         # (..., d, n)
+    values, E = _eigh(Q.mT @ apply(Q))                          # (..., n, n): exact inside the span
+    return values.flip(-1)[..., :k], (Q @ E).flip(-1)[..., :k]
 
 
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
-    """Solve C_task v = γ H v with H = C_pre + τ I (Eq. 11-15). Then vᵀ C_task v / vᵀ H v = γ, which
-    is the utility per forgetting of a rank-one ΔA = u vᵀ (Eq. 8-10).
+    """Solve C_task v = γ H v with H = C_pre + τ I, for one layer or for a stack of equal shapes.
 
-    C_task, C_pre   (d, d), symmetric, positive semidefinite, of any rank; τ in units of C_pre
+    C_task, C_pre   (..., d, d), symmetric, positive semidefinite, of any rank; τ in C_pre's units
     k               the k directions of largest γ, to about 2% (None: all d, the paper's)
-    returns         gamma (k,), descending; V (d, k) with Vᵀ H V = I and Vᵀ C_task V = Γ
+    returns         gamma (..., k), descending; V (..., d, k) with Vᵀ H V = I and Vᵀ C_task V = Γ
     ValueError      C_pre + τ I is not positive definite or not finite
 
     The paper's V = H^(-1/2) R has the symmetric root. Any L with L Lᵀ = H gives the same V up to
@@ -211,8 +235,9 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     L, C, solve = _cholesky(C_pre, tau), C_task.double(), torch.linalg.solve_triangular
     # Eq. 16: M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. In float32 its error would be cond(H) · 1e-7.
     M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
-    if k is None or k >= len(C):
-        gamma, R = (t.flip(-1) for t in _eigh(M_times(torch.eye(len(C)).to(C)).float()))
+    if k is None or k >= C.shape[-1]:
+        M = M_times(torch.eye(C.shape[-1]).to(C).expand_as(C))
+        gamma, R = (t.flip(-1) for t in _eigh(M.float()))
     else:
         gamma, R = _top_eigenvectors(M_times, C, k)
     V = solve(L.mT, R.double(), upper=True)                     # Eq. 17: V = L⁻ᵀ R
@@ -222,7 +247,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
 # ---- 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction ---------------
 
 def spectral_gate(gamma, lam, s_min):
-    """The gate (k,) of gamma (k,). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
+    """The gate (..., k) of gamma (..., k). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
     if not 0 < lam < math.inf or not 0 <= s_min <= 1:
         raise ValueError(f"lam must be > 0, s_min in [0, 1], not lam = {lam}, s_min = {s_min}")
     return (gamma / (gamma + lam)).clamp(min=s_min)             # Eq. 22: max(γ / (γ + λ), s_min)
@@ -299,12 +324,11 @@ register_optimizer_step_pre_hook(_refuse_others)
 # ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
 
 def null_space(C, rank):
-    """A0 = U_perpᵀ (rank, d), the eigenvectors of C (d, d) with the smallest eigenvalues. With it
-    the first term of Eq. 3, ΔB A0 X_pre, is nearly zero. It is found by inverse iteration in
-    float64: float32 fails where one input direction has nearly all the energy."""
-    H = C.double() / C.diagonal().mean().clamp(min=1e-30)       # the mean eigenvalue is 1
+    """A0 = U_perpᵀ (..., rank, d), the eigenvectors of C (..., d, d) with the smallest eigenvalues.
+    With it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero. It is found by inverse iteration
+    in float64: float32 fails where one input direction has nearly all the energy."""
     # Rounding in C can make it slightly indefinite. Then the next larger ridge is tried.
-    L = _cholesky(H, 1e-8, 1e-6, 1e-4, 1e-2)
+    L = _cholesky(_unit(C.double()), 1e-8, 1e-6, 1e-4, 1e-2)
     _, E = _top_eigenvectors(lambda Q: torch.cholesky_solve(Q, L), L, rank)      # of C⁻¹
     return E.mT.to(C.dtype).contiguous()
 
@@ -364,8 +388,7 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
     for name in C_pre:
         readers.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
     for names in readers.values():
-        pre, task = (C[names[0]].to(device) for C in (C_pre, C_task))
-        pre, task = (C / C.diagonal().mean().clamp(min=1e-30) for C in (pre, task))
+        pre, task = (_unit(C[names[0]].to(device)) for C in (C_pre, C_task))
         gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)
         solved = {"A0": null_space(pre, min(rank, len(pre))), "gamma": gamma, "V": V.contiguous()}
         bases.append({"modules": names, **{key: t.cpu() for key, t in solved.items()}})
@@ -385,6 +408,7 @@ def _row_length(layer):
     return W0.float().norm().item() / math.sqrt(layer.out_features)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
@@ -393,6 +417,10 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     wrapped = hasattr(model, "peft_config")
     if wrapped and not zero_start:
         raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
+    for basis in bases:                                         # checked before anything changes
+        for layer in map(model.get_submodule, basis["modules"]):
+            if isinstance(layer, LoRALinear) or layer.in_features != len(basis["V"]):
+                raise ValueError("the model has adapters already, or the bases are another model's")
     if not wrapped:
         model.requires_grad_(False)
     spectral, plain = [], []

@@ -713,7 +713,7 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
     """Six steps with a checkpoint after three."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     pairs = ev.to_pairs(ev.read_rows(str(ev.TINY / "train.jsonl"), limit=24), "train")
-    rows = datasets.Dataset.from_list([{"prompt": q, "completion": a} for q, a in pairs])
+    rows = datasets.Dataset.from_list([{"prompt": q, "completion": a} for q, (a,) in pairs])
 
     def train(out, resume=None, ours=True):
         theirs = wrapped(tiny[0])
@@ -728,6 +728,15 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
     assert all(map(torch.equal, whole, again))
     with pytest.raises(ValueError, match=r"optimizers=\(optimizer, None\)"):
         train("third", ours=False)
+
+
+def test_a_checkpoint_of_our_layers_loads_as_the_untouched_model(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+    ours, (batches, inputs) = copy.deepcopy(tiny[0]), batches_of(tiny[1], 8)
+    losses(ours, folora.prepare(ours, inputs, inputs, rank=8, **PREPARE), batches)
+    ours.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    close(again(**inputs[0]).logits, tiny[0](**inputs[0]).logits)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -1369,37 +1378,23 @@ def test_two_processes_do_what_one_does(tmp_path):
         assert all((a[name] - b[name]).norm() < 1e-5 * a[name].norm() for name in a)
 
 
-SHARDED = """
-import copy, os, torch, folora
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+TWO_PROCESSES = """
+import os, torch, folora
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(torch.distributed.get_rank())         # each process would have another basis
-basis, = folora.decompose(*({"layer": X.mT @ X} for X in torch.randn(2, 50, 8)), 2)
-copies = [torch.empty_like(basis["V"]) for _ in range(2)]
-torch.distributed.all_gather(copies, basis["V"])
-assert torch.equal(*copies)
-torch.manual_seed(0)
-x, whole = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
-optimizer = folora.prepare(whole, [{"input": x}], [{"input": x * torch.arange(1, 9)}], lr=1e-2,
-                           rank=4, target_modules="0", basis_rank=5)
-sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
-factors = sharded[0].lora_A, sharded[0].lora_B
-groups = [{**group, "params": [p]} for group, p in zip(optimizer.param_groups, factors)]
-for net, optimizer in ((whole, optimizer), (sharded, folora.SAdam(groups, lr=1e-2))):
-    for _ in range(3):
-        net(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-for a, b in zip(whole.parameters(), sharded.parameters()):
-    torch.testing.assert_close(a, b.full_tensor())
-    assert len(b.to_local()) * 2 == len(a)
+x, net = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
+task = [{"input": x * torch.arange(1, 9)}]
+optimizer = folora.prepare(net, [{"input": x}], task, 1e-2, 4, target_modules="0", basis_rank=5)
+for mine in (optimizer.param_groups[0]["basis"], net[0].lora_A.detach()):
+    copies = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(copies, mine.contiguous())
+    assert torch.equal(*copies)
 os._exit(0)                                             # gloo's threads may abort an ordinary exit
 """
 
 
-def test_processes_share_bases_and_sadam_moves_shards_as_the_whole(tmp_path):
-    (tmp_path / "work.py").write_text(SHARDED)
+def test_processes_share_bases(tmp_path):
+    (tmp_path / "work.py").write_text(TWO_PROCESSES)
     torchrun(tmp_path / "work.py")
 
 
@@ -1520,7 +1515,7 @@ def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
     optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
     losses(ours, optimizer, batches)
     moved = ours(**inputs[0]).logits
-    kl = sum(train_math.kl_from_untouched(ours, t) for t in texts) / sum(len(t) - 1 for t in texts)
+    kl = train_math.kl_from_untouched(ours, texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
     assert torch.equal(ours(**inputs[0]).logits, moved)
     parameters = [p for p in ours.parameters() if p.requires_grad]
@@ -1542,11 +1537,30 @@ def experiments(tmp_path, monkeypatch):
     return experiments
 
 
-def test_an_experiments_run_is_the_command_lines(trained, experiments):
-    row = experiments.run((*FAST, "--tasks", TASKS), False, "folora", [], None, 0)
+def test_an_experiments_run_is_the_command_lines_and_scales_its_update(trained, experiments):
+    suite = (*FAST, "--tasks", TASKS)
+    row = experiments.run(suite, False, "folora", [], None, 0)
     scores = read_json(trained("folora")[0] / "summary.json")["scores"]["folora"]
+    measures = {name: row["scores"].pop(name) for name in ("penalty", "cka")}
     del scores["Avg1(%)"]
-    assert row["scores"] == pytest.approx(scores, abs=1e-5)
+    assert row["scores"] == pytest.approx(scores, rel=1e-4, abs=1e-6)
+    for scale in (0.7, 0.5, 0.35):
+        some = row["scaled"][str(scale)]
+        assert some["penalty"] == pytest.approx(scale ** 2 * measures["penalty"], rel=1e-3)
+        assert measures["cka"] < some["cka"] < 1 and some["drift"] < scores["drift"]
+
+
+def test_drift_by_penalty_and_cka_is_what_their_formulas_say(experiments):
+    g = torch.Generator().manual_seed(0)
+    body = lambda W: SimpleNamespace(device=CPU, get_decoder=lambda: lambda ids: [W[ids]],
+                                     get_submodule=lambda name: SimpleNamespace(weight=W))
+    X, Y, C = (torch.randn(12, 12, generator=g) for _ in range(3))
+    shared = SimpleNamespace(texts=[torch.arange(12)], model=body(X), C={"x": C @ C.mT})
+    kernels = [K - K.mean(0) - K.mean(1)[:, None] + K.mean() for K in (X @ X.mT, Y @ Y.mT)]
+    expected = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
+    assert experiments.hidden_cka(shared, body(Y)) == pytest.approx(expected.item(), rel=1e-4)
+    R = [sum(row @ C @ C.mT @ row for row in M) for M in (Y - X, X)]
+    assert experiments.penalty(shared, body(Y)) == pytest.approx((R[0] / R[1]).item(), rel=1e-4)
 
 
 def test_changes_do_what_they_say(experiments):
@@ -1564,17 +1578,12 @@ def test_changes_do_what_they_say(experiments):
                      "A slow": [0.02, 0.07], "one lr": [0.06, 0.1]}
 
 
-def test_a_front_is_read_between_its_points(experiments):
-    line = [("", {"nll": (x, 0, 1), "drift": (y, 0, 1)}) for x, y in ((3, 1), (2, 3), (2.5, 9))]
-    assert [experiments.kl_at(line, nll) for nll in (2.5, 2.0, 4.0, 1.0)] == [2, 3, 1, None]
-
-
 def test_what_is_fresh_has_chosen_nothing(experiments):
     """Its test solutions, its held-out text and its seeds are others than the search's."""
     searched = train_math.parse_options(experiments.SUITES["smollm2"].split()).eval_samples
     assert experiments.FRESH_TEST.start == searched
     assert experiments.FRESH_TEXT["seed"] != ev.HELD_OUT_SEED
-    seeds = [{run[3] for run in experiments.wanted(name)} for name in ("smollm2", "fresh")]
+    seeds = [{run[3] for run in experiments.wanted(name)} for name in ("smollm2", "smollm2-fresh")]
     assert not seeds[0] & seeds[1]
 
 
@@ -1586,16 +1595,28 @@ def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
     assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"
 
 
-def test_the_report_prints_and_draws_what_has_been_measured(experiments, tmp_path, capsys):
+def test_the_report_reads_fronts_and_takes_undominated_settings_to_the_fresh_measure(
+        experiments, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib for the figure")
-    runs = [{"method": method, "flags": flags, "change": change, "seed": seed,
-             "scores": {"nll": 1.0 + seed / 5, "drift": 0.02}}
-            for (label, _), (method, flags, change) in experiments.settings("smollm2").items()
-            for seed in (0, 2) if label in ("LoRA", experiments.FOLORA)]
-    experiments.write({"untouched": {"nll": 2.0, "drift": 0.0}, "runs": runs}, "smollm2")
+    measured = {"LoRA": [(3.0, 0.1), (2.5, 0.9), (2.0, 0.3), (2.2, 0.5)], "FoLoRA": [(2.1, 0.2)]}
+    runs = []
+    for label, values in measured.items():
+        for (method, flags, change), (nll, kl) in zip(experiments.METHODS[label], values):
+            runs.append({"method": method, "flags": flags, "change": change, "seed": 0,
+                         "scores": {"nll": nll, "drift": kl},
+                         "scaled": {"0.5": {"nll": nll + 1, "drift": kl / 4}}})
+    experiments.write({"untouched": {"nll": 5.0, "drift": 0.0}, "runs": runs}, "smollm2")
+    front = experiments.fronts("smollm2")["LoRA"]
+    ends = [(experiments.at(p), experiments.at(p, "drift")) for p in experiments.undominated(front)]
+    assert ends == [(4.0, 0.025), (3.0, 0.075), (2.0, 0.3)]             # a half of 2.0 / 0.3 counts
+    assert [experiments.kl_at(front, x) for x in (5, 2.5, 1.9)] == [0.025, (0.075 + 0.3) / 2, None]
+    fresh = experiments.settings("smollm2-fresh")["LoRA"]
+    assert fresh == [experiments.METHODS["LoRA"][i] for i in (0, 2)]             # of those unscaled
     experiments.report()
     lines = capsys.readouterr().out.splitlines()
-    assert "| LoRA | 2e-3 | 1.200 ± 0.283 | 0.0200 ± 0.0000 | 0.02 |" in lines
+    assert {"| FoLoRA | - | - | - | - |", "| LoRA | 0.293 | 0.298 | 0.299 | 0.300 |"} <= set(lines)
+    assert "| LoRA | lr 3e-4  | 1 | 3.000 | 0.100 |" not in lines
+    assert "| LoRA | lr 1e-3  | 0.5 | 3.000 | 0.0750 |" in lines
     assert (tmp_path / "tradeoff.png").exists()
 
 

@@ -138,7 +138,7 @@ def claim(out, options):
     out.mkdir(parents=True, exist_ok=True)
     config, theirs = out / "config.json", vars(options)
     if config.exists():
-        theirs = read(config)["options"]
+        theirs = read(config).get("options", {})
     elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
         raise ev.UserError(f"{out} holds other files and no run: give another --out")
     differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
@@ -183,8 +183,7 @@ def once(path, make):
 
 
 def join():
-    """Wait until all of torchrun's processes are here. Before the first call there is no process
-    group, in which folora.decompose would wait for processes that do not call it."""
+    """Wait until all of torchrun's processes are here."""
     if WORLD > 1:
         if not dist.is_initialized():
             dist.init_process_group()
@@ -192,15 +191,6 @@ def join():
 
 
 # ---- preparation ---------------------------------------------------------------------------------
-
-def targets_of(options, model):
-    """The names of the layers to adapt, as folora.find_targets takes them."""
-    if options.target_modules != "all-linear":
-        return options.target_modules.split(",")
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head]
-
 
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
@@ -214,7 +204,7 @@ def load(options):
     pairs = ev.to_pairs(rows, options.data)
     device = torch.device(options.device)
     model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
-    folora.find_targets(model, targets_of(options, model), options.rank)
+    folora.find_targets(model, options.target_modules.split(","), options.rank)
     longest = max(options.max_length, options.calibration_max_tokens + 1)
     ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
             f"the {ev.positions(model)} positions of {options.model}")
@@ -242,7 +232,7 @@ def covariances(options, model, sequences, name):
     batches = ev.by_length(sequences, options.micro_batch_size)
     how = {"labels": None, "use_cache": False, "logits_to_keep": 1}
     inputs = (ev.collate(batch, model.device) | how for batch in tqdm(batches, desc=name))
-    return folora.collect_covariances(model, inputs, targets_of(options, model))
+    return folora.collect_covariances(model, inputs, options.target_modules.split(","))
 
 
 def solve(options, model, texts, examples):
@@ -255,9 +245,8 @@ def solve(options, model, texts, examples):
         tqdm.write(f"warning: {tokens} tokens of calibration text are few for inputs of width "
                    f"{widest}: raise --calibration-samples", sys.stderr)
     bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-    # TODO: device=model.device, once folora.decompose has it.
     return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
-                            progress=bar.update)
+                            bar.update, model.device)
 
 
 def add_adapters(options, model, bases=None):
@@ -266,7 +255,8 @@ def add_adapters(options, model, bases=None):
         return folora.attach(model, bases, options.lr, options.alpha, options.lam, options.s_min,
                              bool(options.zero_start))
     model.requires_grad_(False)
-    for name, base in folora.find_targets(model, targets_of(options, model), options.rank).items():
+    targets = folora.find_targets(model, options.target_modules.split(","), options.rank)
+    for name, base in targets.items():
         model.set_submodule(name, folora.LoRALinear(base, options.rank, options.alpha))
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
                              weight_decay=0.0)

@@ -48,7 +48,7 @@ TEXTS = ("model", "data", "seed", "dtype", "calibration", "calibration_samples",
 BASES = (*TEXTS, "rank", "tau", "basis_rank")
 REAL = ("--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 "
         "--calibration-max-tokens 160 --task-samples 128 --dtype bfloat16 --log-every 1000 "
-        "--compare no --eval-samples ")
+        "--compare no --gradient-checkpointing 0 --eval-samples ")
 SUITES = {"tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 1000 --compare no "
                   "--tasks gsm8k=tiny/test.jsonl,nll=tiny/test.jsonl,facts,sort,reverse,sums,drift",
           "smollm2": REAL + "64", "smollm2-fresh": REAL + "250",
@@ -132,7 +132,8 @@ def hidden_cka(shared, model):
     """Linear CKA of the last hidden states of the untouched model and of `model`, on held-out text:
     |Xᵀ Y|² / (|Xᵀ X| |Yᵀ Y|), where X and Y (tokens, d) have columns of mean 0. 1: alike."""
     batch = ev.collate([text.tolist() for text in shared.texts], model.device)
-    X, Y = (ev.label_states(m, batch)[0].double() for m in (shared.model, model))
+    real, ids = batch["attention_mask"].bool(), batch["input_ids"]
+    X, Y = (m.get_decoder()(ids)[0][real].double() for m in (shared.model, model))
     X, Y = X - X.mean(0), Y - Y.mean(0)
     return ((X.mT @ Y).norm() ** 2 / ((X.mT @ X).norm() * (Y.mT @ Y).norm())).item()
 
@@ -163,9 +164,9 @@ def scores_of(shared, model, whole=True):
     tasks = {name: pairs for name, pairs in shared.tasks.items()
              if whole or name in ("nll", "drift", "prose")}
     scores = ev.evaluate(model, shared.tokenizer, tasks, shared.model, shared.texts)
+    scores |= ev.summarise(scores)
     scores |= {"penalty": penalty(shared, model), "cka": hidden_cka(shared, model)}
     if whole:
-        scores |= ev.summarise(scores)
         scores |= {f"{n} answers": ev.mean_nll(model, some) for n, some in shared.answers.items()}
     return {name: float(f"{score:.5g}") for name, score in scores.items()}
 
@@ -472,7 +473,8 @@ def print_correlations(name):
         some = [scores for scores in rows if lost in scores]
         for measure in ("drift", "penalty", "cka") if len(some) > 9 else ():
             rho = spearmanr([s[measure] for s in some], [s[lost] for s in some])[0]
-            print(f"{name}: rank correlation of {measure} with {lost}, {len(some)} points: {rho:.2f}")
+            print(f"{name}, {len(some)} points, rank correlation of {measure} and {lost}: "
+                  f"{rho:.2f}")
 
 
 def draw(suites):
