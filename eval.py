@@ -96,13 +96,15 @@ def one_line(main):
     def guarded(arguments=None):
         try:
             return main(arguments)
-        except (UserError, ValueError, OSError, MemoryError, torch.OutOfMemoryError,
-                FloatingPointError, KeyboardInterrupt) as error:
+        except (UserError, ValueError, OSError, MemoryError, RuntimeError, FloatingPointError,
+                KeyboardInterrupt) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
-            if isinstance(error, ValueError) and source != folora.__file__:
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
+            bug = isinstance(error, (ValueError, RuntimeError)) and source != folora.__file__
+            if bug and not memory:
                 raise
-            interrupted = isinstance(error, KeyboardInterrupt)
-            message = "interrupted" if interrupted else str(error).strip() or type(error).__name__
+            message = str(error).strip() or type(error).__name__
+            message = message.replace("KeyboardInterrupt", "interrupted")
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
@@ -280,7 +282,7 @@ def load_tasks(names, limit=None):
 def encode_all(tokenizer, pairs, max_length):
     """[{"ids", "labels"}] of the pairs' first responses, in the prompt that is also scored with.
     The prompt has labels of -100, which bear no loss; the response and the end of sequence do.
-    An example whose prompt alone fills max_length is left out, which may be so of up to half."""
+    An example whose prompt alone fills max_length is left out; more than half is an error."""
     examples = []
     for instruction, (response, *_) in pairs:
         prompt = (MATHS if "The answer is:" in response else ALPACA).format(instruction)
@@ -290,8 +292,10 @@ def encode_all(tokenizer, pairs, max_length):
         if len(start) < max_length:
             labels = [-100] * len(start) + ids[len(start):max_length]
             examples.append({"ids": ids[:max_length], "labels": labels})
-    need(2 * len(examples) >= len(pairs), f"{len(pairs) - len(examples)} of {len(pairs)} examples "
-         f"have prompts that fill --max-length {max_length}: raise it")
+    dropped = f"{len(pairs) - len(examples)} of {len(pairs)} examples have prompts that fill"
+    need(2 * len(examples) >= len(pairs), f"{dropped} --max-length {max_length}: raise it")
+    if len(examples) < len(pairs):
+        tqdm.write(f"{dropped} {max_length} tokens: they are left out", sys.stderr)
     return examples
 
 
