@@ -91,7 +91,7 @@ def blame(what):
 
 def one_line(main):
     """Let main end in one line on stderr: in exit status 2 if the user can mend the error, which
-    includes the ValueErrors that folora.py raises, and in 1 if a run has failed
+    includes what folora.py raises and a lack of memory, and in 1 if a run has failed
     (FloatingPointError). Other errors keep their traceback."""
     def guarded(arguments=None):
         try:
@@ -99,12 +99,12 @@ def one_line(main):
         except (UserError, ValueError, OSError, MemoryError, RuntimeError, FloatingPointError,
                 KeyboardInterrupt) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
             bug = isinstance(error, (ValueError, RuntimeError)) and source != folora.__file__
             if bug and not memory:
                 raise
-            message = str(error).strip() or type(error).__name__
-            message = message.replace("KeyboardInterrupt", "interrupted")
+            name = type(error).__name__.replace("KeyboardInterrupt", "interrupted")
+            message = str(error).strip() or name
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
@@ -136,7 +136,8 @@ def find_model(name):
         path /= "merged" if (path / "merged").exists() else "adapter"
     if (path / "adapter_config.json").exists():
         config = json.loads((path / "adapter_config.json").read_text())
-        run = run or {"model": config["base_model_name_or_path"]}
+        run = run or {"model": config.get("base_model_name_or_path")}
+        need(run["model"], f"{path}: its adapter_config.json names no base model")
         return resolve_model(run["model"]), path, run
     if (path / "tokenizer_config.json").exists():
         return str(path), None, run
@@ -512,7 +513,7 @@ def table(columns):
     first = next(iter(columns.values())) if len(columns) > 1 else None
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
     rows = list(dict.fromkeys(row for scores in full.values() for row in scores))
-    label, width = max(8, *map(len, rows)) + 2, max(10, *map(len, full)) + 2
+    label, width = max([8, *map(len, rows)]) + 2, max(10, *map(len, full)) + 2
     lines = [" " * (label + 14) + "".join(f"{name:>{width}}" for name in full)]
     for row in rows:
         lines += ["-" * len(lines[0])] * (row == "Avg1")
@@ -546,7 +547,8 @@ def main(arguments=None):
     names = default_tasks(run["model"]) if options.tasks is None else options.tasks
     tasks, reference, texts, columns = load_tasks(names, options.limit), None, None, {}
     if "drift" in tasks:
-        need(all(other.get("model", run["model"]) == run["model"] for other in runs),
+        bases = [resolve_model(other.get("model", run["model"])) for other in runs]
+        need(len(set(bases)) == 1,
              "drift is from one untouched model, and these runs have several: score them apart")
         reference, tokenizer = load_model(run["model"], device, dtype)
         length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
@@ -557,7 +559,7 @@ def main(arguments=None):
             scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
             if extra:
                 scores.update(harness(model, tokenizer, *extra, options.limit))
-    finally:                                         # a model that fails does not cost the others
+    finally:                                         # what was scored before a failure is shown
         if columns:
             print(table(columns))
 

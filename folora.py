@@ -4,8 +4,8 @@ LoRA adds a trainable product B A to a frozen linear layer W0. FoLoRA lets A mov
 directions that the task uses much and the model's pretraining text uses little. With the layer's
 input covariances C_pre and C_task on these two texts, and H = C_pre + τ I, an update ΔA has
 
-    forgetting   R(ΔA) = tr(ΔA H ΔAᵀ)         how far it moves A's output on pretraining text
-    utility      U(ΔA) = tr(ΔA C_task ΔAᵀ)    how far it moves A's output on the task
+    forgetting   R(ΔA) = tr(ΔA H ΔAᵀ)         how much it moves A's output on pretraining text
+    utility      U(ΔA) = tr(ΔA C_task ΔAᵀ)    how much it moves A's output on the task
     step         ΔA = -lr · Adam(G V) · diag(s) · Vᵀ          where G is the gradient of A
 
 A column v of V solves C_task v = γ H v, so γ = U/R is the utility of v per unit of forgetting. The
@@ -19,9 +19,9 @@ text is sampled from the model itself. A starts in the directions where that tex
     folora.save_adapter(model, "adapter")                           # for PEFT, or merge(model)
 
     paper             shape                   in code           meaning
-    W0                (d_out, d_in)           weight            pretrained weight of a layer
+    W0 or W_res       (d_out, d_in)           weight            frozen; W_res = W0 - κ B0 A0
     A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B    W = W_res + κ B A; κ is `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ; mean eigenvalue 1
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ over tokens
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L         the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, its sharpness and floor
@@ -74,20 +74,20 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         wrong = [name for name, module in found.items()
                  if hasattr(module, "parameter_name") or not starts(*_factors(module))]
         if wrong or not found:
-            raise ValueError("PEFT must have wrapped linear layers, with trainable LoRA and "
-                             f"init_lora_weights=True: {wrong[:1] or 'none'} has not")
+            raise ValueError(f"{wrong[0] if wrong else 'the model'}: PEFT must have wrapped linear "
+                             "layers, with trainable LoRA and init_lora_weights=True")
         return found
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    if list(targets) == ["all-linear"]:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [name for name, module in linears.items() if module is not head]
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     ends = tuple(f".{target}" for target in targets)
     found = {name: module for name, module in linears.items() if f".{name}".endswith(ends)}
     missing = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in found)]
-    if missing or not found:
+    if targets == ["all-linear"]:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = {name: module for name, module in linears.items() if module is not head}
+    elif missing or not found:
         there = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no nn.Linear is called {', '.join(missing)}, but {', '.join(there)}")
+        raise ValueError(f"no nn.Linear is called {', '.join(missing)}, only {', '.join(there)}")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in found.items():
         if uses[id(module.weight)] > 1:                         # a merged copy would not be tied
@@ -95,15 +95,14 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             raise ValueError(f"{name} is adapted (merge first) or quantised (use get_peft_model)")
         if not isinstance(rank, int) or not 0 < rank <= module.in_features:
-            raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width, "
-                             "or no integer")
+            raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width")
     return found
 
 
 @contextmanager
 def plain_mode(model):
     """Evaluation mode and a default generation_config: a chat model's penalties and beams are no
-    part of B.4. Both are put back at the end, also after an error."""
+    part of B.4. Both are put back at the end. What bitsandbytes does on a CPU is set for good."""
     modes = {module: module.training for module in model.modules()}
     configs = {m: m.generation_config for m in modes if "generation_config" in vars(m)}
     for module in modes:
@@ -133,7 +132,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count; with one, every layer must read every token.
+                 "attention_mask" is 0 do not count. In a model whose layers read some of the tokens
+                 only, such as experts, no text may have any.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
@@ -142,7 +142,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
     def hook(module, args, kwargs):
         nonlocal last_input, last_module
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))
         if x is not last_input:                                 # `module` is the first to read x
             last_input, last_module = x, module
             rows = x.reshape(-1, x.shape[-1]).float()           # (batch * length, d_in)
@@ -164,10 +164,12 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 raise ValueError("a batch is a dict with input_ids (batch, length), not a list")
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask, last_input = batch.get("attention_mask"), None
+            mask = None if mask is None or mask.all() else mask
             model(**batch)
     unread = [name for name, module in targets.items() if not tokens[first_reader.get(module)]]
     if unread:
-        raise ValueError(f"no token reached {unread[0]}: give text that does, or leave it out")
+        raise ValueError(f"no token reached {unread[0]}: are the batches empty or used up? If not, "
+                         "give text that does, or leave it out")
     means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
     return {name: means[first_reader[module]] for name, module in targets.items()}
 
@@ -177,7 +179,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 # Eq. 5-7    R(ΔA) = tr(ΔA H ΔAᵀ) with H = C_pre + τ I, and U(ΔA) = tr(ΔA C_task ΔAᵀ)
 # Eq. 8-10   for a rank-one ΔA = u vᵀ:  U / R = ρ(v) = vᵀ C_task v / vᵀ H v
 # Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
-# Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ,  V = H^(-1/2) R:  Vᵀ H V = I and Vᵀ C_task V = Γ
+# Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ (R a rotation),  V = H^(-1/2) R:
+#            Vᵀ H V = I and Vᵀ C_task V = Γ
 #
 # Since Vᵀ H V = I, forgetting is the squared length of the step in V's coordinates. Adam moves
 # every coordinate by about lr, so without the gate every direction would cost the same forgetting,
@@ -193,8 +196,9 @@ def _cholesky(C, *ridges):
     for ridge in ridges:
         H = C.to(torch.float64, copy=True)
         H.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        with suppress(torch.linalg.LinAlgError):
-            return torch.linalg.cholesky(H)
+        L, info = torch.linalg.cholesky_ex(H)
+        if not info.any() and L.isfinite().all():
+            return L
     raise ValueError(f"a covariance + {ridge:g} I is not positive definite, or not finite")
 
 
@@ -233,7 +237,8 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     signs, which Adam ignores, and to rotations inside a repeated γ.
     """
     L, C, solve = _cholesky(C_pre, tau), C_task.double(), torch.linalg.solve_triangular
-    # Eq. 16: M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. In float32 its error would be cond(H) · 1e-7.
+    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. In float32 it would be off by
+    # cond(H) · 1e-7.
     M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
     if k is None or k >= C.shape[-1]:
         M = M_times(torch.eye(C.shape[-1]).to(C).expand_as(C))
@@ -261,12 +266,13 @@ class SAdam(torch.optim.Optimizer):
                     moments are (rank, k). Any other group gets torch.optim.Adam's numbers.
     lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
 
-    The state_dict holds the bases, since bases that are computed again may differ in signs. As
-    Vᵀ H V = I, a step's squared length in V's coordinates is its forgetting: without the gate every
-    direction would cost the same, whatever its use.
+    The state_dict holds the bases, since bases that are computed again may differ in signs.
+    Gradients that are not finite spoil the parameters silently, as in Adam.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be >= 0 and finite, not {lr}")
         defaults = dict(lr=lr, betas=betas, eps=eps, scale=1.0, basis=None, gate=None)
         super().__init__(params, defaults)
 
@@ -339,7 +345,7 @@ class LoRALinear(nn.Linear):
     A0 alone B.3's, B0 = κ⁻¹ W0 A0ᵀ; or else the given A0 and B0 (d_out, rank).
 
     W_res = W0 - κ B0 A0 takes W0's place, so the layer starts as W0, up to rounding. A and B are
-    float32. Hugging Face's save_pretrained would lose them: save_adapter or merge first.
+    float32. from_pretrained would ignore them in a saved model: save_adapter or merge first.
     """
 
     def __init__(self, linear, rank, alpha=None, A0=None, B0=None):
@@ -358,9 +364,10 @@ class LoRALinear(nn.Linear):
             self.start, W_res = (A0, B0), W0 - self.scaling * B0 @ A0
             self.weight = nn.Parameter(W_res.to(self.weight.dtype), requires_grad=False)
 
-    def forward(self, x):
-        low = x @ self.lora_A.to(x.dtype).mT                    # A x: (..., d_in) -> (..., r)
-        return super().forward(x) + self.scaling * (low @ self.lora_B.to(x.dtype).mT)
+    def forward(self, input):
+        A, B = self.lora_A.to(input.dtype), self.lora_B.to(input.dtype)
+        low = input @ A.mT                                      # A x: (..., d_in) -> (..., r)
+        return super().forward(input) + self.scaling * (low @ B.mT)
 
     @torch.no_grad()
     def merged(self):
@@ -375,9 +382,10 @@ class LoRALinear(nn.Linear):
 # ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
 
 def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
-    """Solve one eigenproblem per distinct input. Nothing here depends on λ, s_min, lr or alpha.
+    """Solve for a basis and an A0 per distinct input. Nothing here depends on λ, s_min, lr, alpha.
 
-    C_pre, C_task     from collect_covariances; here each is divided by its mean eigenvalue
+    C_pre, C_task     the tensors of collect_covariances: layers that share one share a basis. Each
+                      is divided by its mean eigenvalue, so that γ compares shares of energy.
     rank, tau         the rank of A0; the ridge of H, relative to the mean eigenvalue of C_pre
     basis_rank        k, the number of directions in which A may move (None: all, the paper's)
     progress, device  called with 1 for each input that was solved; where to solve
@@ -415,16 +423,18 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     SAdam that trains the adapters. If PEFT has wrapped the model, its own adapters start anew, and
     what else is trainable in it gets plain Adam at a tenth of lr, in the last group."""
     wrapped = hasattr(model, "peft_config")
-    if wrapped and not zero_start:
-        raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
+    gates = [spectral_gate(basis["gamma"], lam, s_min) for basis in bases]
     for basis in bases:                                         # checked before anything changes
         for layer in map(model.get_submodule, basis["modules"]):
             if isinstance(layer, LoRALinear) or layer.in_features != len(basis["V"]):
                 raise ValueError("the model has adapters already, or the bases are another model's")
+            if wrapped and len(_factors(layer)[0]) > len(basis["A0"]):
+                raise ValueError(f"PEFT's rank {len(_factors(layer)[0])} is above the bases' rank "
+                                 f"or the layer's width, {len(basis['A0'])}")
     if not wrapped:
         model.requires_grad_(False)
     spectral, plain = [], []
-    for basis in bases:
+    for basis, gate in zip(bases, gates):
         A0, As = basis["A0"], []
         for name in basis["modules"]:
             layer = model.get_submodule(name)
@@ -436,16 +446,16 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
             if wrapped:                                         # each layer may have its own rank
                 A.data = A0[:len(A)].to(A.device, copy=True)
                 B.data = torch.zeros_like(B, dtype=A0.dtype)
-            # One step from B = 0 makes the rows of κ B about lr times as long as W0's, so that one
-            # lr serves layers and models of every scale. The paper's start gets plain Adam for B.
+            # B's first step from 0 makes κ B's rows about lr times as long as W0's, so that one lr
+            # serves layers and models of every scale. The paper's start gets plain Adam for B.
             scale = _row_length(layer) / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
             plain.append({"params": [B], "scale": scale})
             A.needs_sadam = B.needs_sadam = True
             As.append(A)
         # A bfloat16 basis takes half the memory. float16 would lose small gradients.
         dtype = torch.bfloat16 if layer.weight.dtype == torch.bfloat16 else torch.float32
-        gate = spectral_gate(basis["gamma"], lam, s_min).to(A.device)
-        spectral.append({"params": As, "basis": basis["V"].to(A.device, dtype), "gate": gate})
+        V = basis["V"].to(A.device, dtype)
+        spectral.append({"params": As, "basis": V, "gate": gate.to(A.device)})
     others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "needs_sadam")]
     plain += [{"params": others, "scale": 0.1}] if others else []
     return SAdam(spectral + plain, lr)
@@ -464,11 +474,16 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
 
     The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
-    first. Covariances take 8 d_in² bytes of host memory per distinct input.
+    first. Per distinct input, covariances take 4 d_in² bytes where the model is while they are
+    summed, and 8 d_in² bytes of host memory.
     """
-    factors = map(_factors, find_targets(model, target_modules, rank).values())
-    rank = max((len(A) for A, _, _ in filter(None, factors)), default=rank)
-    if not all(0 < x < math.inf for x in (lr, tau, alpha, basis_rank) if x is not None):
+    targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
+    if hasattr(model, "peft_config"):
+        rank = max(len(_factors(layer)[0]) for layer in targets.values())
+        if not zero_start:
+            raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
+    optional = [x for x in (alpha, basis_rank) if x is not None]
+    if not all(0 < x < math.inf for x in (lr, tau, *optional)):
         raise ValueError(f"must be > 0: {lr = }, {tau = }, {alpha = }, {basis_rank = }")
     spectral_gate(torch.ones(1), lam, s_min)                    # raises if out of range
     C_pre, C_task = (collect_covariances(model, batches, target_modules)
@@ -482,6 +497,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 def merge(model):
     """Put a plain nn.Linear in place of every LoRALinear, and return the model. PEFT's own models
     have merge_and_unload."""
+    if hasattr(model, "peft_config"):
+        raise ValueError("PEFT has wrapped this model: use its merge_and_unload")
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.merged())
@@ -497,8 +514,8 @@ def save_adapter(model, directory):
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
     header, data = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, layer in layers.items():
-        A, B = layer.lora_A, layer.lora_B
-        A0, B0 = layer.start or (A[:0], B[:, :0])
+        A, B = layer.lora_A.float(), layer.lora_B.float()
+        A0, B0 = (t.to(A) for t in layer.start or (A[:0], B[:, :0]))
         for factor, t in ("lora_A", torch.cat([A, A0])), ("lora_B", torch.cat([B, -B0], dim=1)):
             values, begin = t.cpu().contiguous(), len(data)
             data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
@@ -558,10 +575,14 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress           called with 1 for each accepted sample, such as a tqdm bar's update
     returns            num_samples LongTensors on the CPU, BOS first, in random order; the same for
                        the same seed, batch_size, device and dtype (the model's; B.4: float16)
-    RuntimeError       more than 64 samples, and ten for each accepted one, are rejected
+    RuntimeError       once more than 64 + 10 · accepted samples have been rejected
     """
+    if not 32 <= max_new_tokens >= min_new_tokens:
+        raise ValueError(f"{min_new_tokens} to {max_new_tokens} new tokens: B.4 wants 32 or more")
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None) or tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("neither the tokenizer nor generation_config has an eos_token_id")
     eos = eos if isinstance(eos, list) else [eos]               # a chat model may have several
     starts = tokenizer.bos_token_id, getattr(config, "bos_token_id", None), eos[0]
     bos = next(token for token in starts if token is not None)

@@ -14,7 +14,7 @@ table. Another run needs another --out. A line of metrics.jsonl, written every -
     loss           mean NLL of the batch's response tokens before the step, in nat
     lr             learning rate of A at that step
     grad_norm      norm of all gradients together, before it is clipped at 1
-    drift          KL(untouched || now) in nat per token, at 256 positions spread over held-out text
+    drift          KL(untouched || now) in nat per token, at up to 256 positions of held-out text
                    that the untouched model wrote; null between two measurements
 """
 import argparse
@@ -33,8 +33,8 @@ from tqdm import tqdm
 import eval as ev
 import folora
 
-# torchrun starts WORLD processes. They share the training; all else is the work of the first.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# torchrun starts PROCESSES processes. They share the training; all else is the work of the first.
+PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --preset and --model tiny set, where the command line does not.
 PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=256),
            "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, calibration_samples=2000)}
@@ -92,7 +92,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
     ("--calibration-model", str, None, "larger model that writes them [the paper's, on Qwen3]"),
     ("--calibration-samples", COUNT, None, "texts behind C_pre [ours]"),
-    ("--calibration-max-tokens", COUNT, 512, "tokens of such a text, at most [the paper's]"),
+    ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
     ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
     ("--eval-samples", COUNT, 500, "rows a task [ours]"),
@@ -138,7 +138,8 @@ def claim(out, options):
     out.mkdir(parents=True, exist_ok=True)
     config, theirs = out / "config.json", vars(options)
     if config.exists():
-        theirs = read(config).get("options", {})
+        with ev.blame(f"{config} is damaged: give another --out"):
+            theirs = json.loads(config.read_text()).get("options", {})
     elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
         raise ev.UserError(f"{out} holds other files and no run: give another --out")
     differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
@@ -175,7 +176,7 @@ def read(path):
 def once(path, make):
     """make()'s value, by way of a file, so that an interrupted run does not make it twice. The
     first process makes it, and the others wait for the file."""
-    if RANK == 0 and not path.exists():
+    if PROCESS == 0 and not path.exists():
         save(make(), path)
     while not path.exists():
         time.sleep(1)
@@ -184,7 +185,7 @@ def once(path, make):
 
 def join():
     """Wait until all of torchrun's processes are here."""
-    if WORLD > 1:
+    if PROCESSES > 1:
         if not dist.is_initialized():
             dist.init_process_group()
         dist.barrier()
@@ -197,6 +198,7 @@ def load(options):
     for name in filter(None, (options.model, options.calibration_model)):
         ev.resolve_model(name)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
+    ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
         ev.given_texts(options.calibration, options.calibration_samples)
     config = "main" if options.data == "openai/gsm8k" else None
@@ -303,14 +305,14 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
     total = torch.zeros((), dtype=torch.float64)
-    for micro in ev.by_length(batch[RANK::WORLD], micro_batch_size, lambda e: len(e["ids"])):
+    for micro in ev.by_length(batch[PROCESS::PROCESSES], micro_batch_size, lambda e: len(e["ids"])):
         loss = ev.summed_nll(model, ev.collate(micro, model.device)) / labels
         loss.backward()
         total += loss.item()
     positions = sum(len(text) - 1 for text in texts)
-    for some in ev.by_length(texts[RANK::WORLD], micro_batch_size):
+    for some in ev.by_length(texts[PROCESS::PROCESSES], micro_batch_size):
         (weight / positions * kl_from_untouched(model, some)).backward()
-    if WORLD > 1:
+    if PROCESSES > 1:
         for part in (total, *(p.grad for p in parameters)):
             dist.all_reduce(part)                    # the sum over processes
     return total.item(), torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -355,7 +357,7 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
     join()                                           # all have read the files of earlier stages
     recompute(model, options.gradient_checkpointing)
     bar = tqdm(range(done, len(batches)), f"train {options.method}", len(batches), initial=done,
-               disable=RANK > 0)
+               disable=PROCESS > 0)
     for step in bar:
         lr = options.lr * schedule(step, len(batches))
         for group in optimizer.param_groups:
@@ -366,11 +368,11 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; step {done} has a checkpoint."
-                " Start again with a lower --lr and another --out")
+                f"step {step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint is of "
+                f"step {done}. Start again with a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
-        if RANK > 0:                                 # the first process writes the files
+        if PROCESS > 0:                                 # the first process writes the files
             continue
         due = (step + 1) % options.log_every == 0 or step + 1 == len(batches)
         lines.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
@@ -404,7 +406,7 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     torch.manual_seed(options.seed)
     optimizer = add_adapters(options, model, bases)
     train(options, model, optimizer, examples, probe, out, own)
-    if RANK > 0:
+    if PROCESS > 0:
         return
     folora.save_adapter(model, out / "adapter")
     tokenizer.save_pretrained(out / "adapter")
@@ -426,11 +428,11 @@ def run(options, before=None):
     out = Path(options.out)
     finished = (out / "summary.json").exists()
     loaded = () if finished else load(options)       # mistakes show before a directory is made
-    if RANK == 0:
+    if PROCESS == 0:
         claim(out, options)
     if not finished:
         fine_tune(options, out, *loaded, before)
-    if RANK > 0:
+    if PROCESS > 0:
         return {}
     for name in STAGES:
         (out / name).unlink(missing_ok=True)
@@ -441,11 +443,13 @@ def run(options, before=None):
 def main(arguments=None):
     """The run, and with --compare lora the same with LoRA; the first process prints the table."""
     options, scores = parse_options(arguments), {}
-    ignored = FOLORA_ONLY & set(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    ignored = FOLORA_ONLY & {argument.partition("=")[0] for argument in given}
     ev.need(options.method == "folora" or not ignored, f"{' '.join(sorted(ignored))} would be "
             "ignored with --method lora: leave it out")
     resolve(options)
-    ev.need(options.batch_size >= WORLD, f"--batch-size must be at least {WORLD}, one a process")
+    ev.need(options.batch_size >= PROCESSES,
+            f"--batch-size must be at least {PROCESSES}, one a process")
     runs = [options]
     if options.method == "folora" and options.compare == "lora":
         lr, out = LEARNING_RATES["lora"][ev.is_tiny(options.model)], f"{options.out}/lora"
@@ -455,7 +459,7 @@ def main(arguments=None):
             scores |= run(each, scores.get("untouched"))
     except (torch.OutOfMemoryError, MemoryError):
         ev.need(False, "out of memory: lower --micro-batch-size, then --max-length or --rank")
-    if RANK == 0:
+    if PROCESS == 0:
         print(ev.table(scores))
     if dist.is_initialized():
         dist.destroy_process_group()
