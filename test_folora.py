@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +56,22 @@ def energy(rows, C):
     return torch.trace(rows.double() @ C @ rows.double().mT).item()
 
 
+def descend(optimizer, loss_of, batches):
+    """The loss of each batch before the step on it."""
+    losses = []
+    for batch in batches:
+        losses.append(loss_of(batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses).detach()
+
+
+def mlp():
+    layers = dict(first=nn.Linear(16, 32), tanh=nn.Tanh(), second=nn.Linear(32, 3))
+    return nn.Sequential(OrderedDict(layers))
+
+
 class Block(nn.Module):
     """q, k and v read one input, and up flat tokens, as an expert does. k_reads: "other" for an
     input of its own, "nothing" to leave it out."""
@@ -79,15 +95,6 @@ class Block(nn.Module):
 BLOCK_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
-class MLP(nn.Module):
-    def __init__(self, d=16):
-        super().__init__()
-        self.first, self.second = nn.Linear(d, 32), nn.Linear(32, 3)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return ev.load_model("tiny", CPU, torch.float32)
@@ -95,31 +102,24 @@ def tiny():
 
 # ---- 3.1: targets and covariances ----------------------------------------------------------------
 
-def literal_covariance(model, batches, name):
-    """Σ x xᵀ / T in float64, one token after the other, of what a layer of a Block reads."""
-    tokens = []
-    for batch in batches:
-        model(**batch)
-        real = batch.get("attention_mask", torch.ones(batch["x"].shape[:-1])).flatten()
-        rows = model.inputs[name].detach().double().flatten(0, -2)
-        tokens += [x for x, counts in zip(rows, real) if counts]
-    return sum(torch.outer(x, x) for x in tokens) / len(tokens)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [BLOCK_TARGETS, ("q_proj",)])
-def test_covariances_are_means_of_x_xT_over_real_tokens(names, dtype):
+def test_covariances_are_means_of_x_xT_over_real_tokens(dtype):
     """In float32 whatever the model's dtype. The same tensor counts again in a new batch."""
     torch.manual_seed(0)
     model, few = Block().to(dtype), torch.randn(2, 4, 8, dtype=dtype)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
-    batches = [padded, {"x": few}, {"x": few}]
-    ours = folora.collect_covariances(model, batches, names)
-    assert tuple(ours) == names
+    batches, tokens = [padded, {"x": few}, {"x": few}], {name: [] for name in BLOCK_TARGETS}
+    ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
+    for batch in batches:
+        model(**batch)
+        real = batch.get("attention_mask", torch.ones(2, 4)).bool().flatten()
+        for name, x in model.inputs.items():
+            tokens[name] += x.detach().double().flatten(0, -2)[real]
+    assert tuple(ours) == BLOCK_TARGETS
     for name, C in ours.items():
-        assert C.dtype == torch.float32 and C.device == CPU
-        close(C.double(), literal_covariance(model, batches, name), rtol=1e-5, atol=1e-6)
+        literal = sum(torch.outer(x, x) for x in tokens[name]) / len(tokens[name])
+        close(C, literal.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("first, then, covariances", [
@@ -136,11 +136,10 @@ def test_layers_share_an_input_and_its_covariance_always_or_never(first, then, c
 
 def test_a_target_is_a_whole_name_or_its_end_or_every_layer_but_the_head(tiny):
     model = nn.Sequential(Block())
-    assert [*folora.find_targets(model, "q_proj")] == ["0.q_proj"]
-    assert [*folora.find_targets(model, ["0.q_proj"])] == ["0.q_proj"]
+    for targets in ("q_proj", ["0.q_proj"]):
+        assert [*folora.find_targets(model, targets)] == ["0.q_proj"]
     assert len(folora.find_targets(model, "all-linear")) == len(BLOCK_TARGETS)
-    linear = folora.find_targets(tiny[0], "all-linear")
-    assert [*linear] == [*folora.find_targets(tiny[0])] and "lm_head" not in linear
+    assert [*folora.find_targets(tiny[0], "all-linear")] == [*folora.find_targets(tiny[0])]
 
 
 def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
@@ -256,10 +255,10 @@ def test_sadam_is_adam_without_a_basis_and_with_the_trivial_one(group):
     p, unused = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.ones(3, 6))
     q, gradients = nn.Parameter(p.detach().clone()), torch.randn(5, 3, 6)
     sadam, adam = folora.SAdam([{"params": [unused, p], **group}], 0.1), torch.optim.Adam([q], 0.1)
-    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (sadam, adam)]
-    for G in gradients:
-        take_steps(sadam, p, [G]), take_steps(adam, q, [G])
-        for schedule in schedules:
+    for optimizer, one in ((sadam, p), (adam, q)):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for G in gradients:
+            take_steps(optimizer, one, [G])
             schedule.step()
     close(p, q, rtol=1e-6, atol=1e-7)
     assert torch.equal(unused, torch.ones(3, 6)) and unused not in sadam.state
@@ -267,7 +266,8 @@ def test_sadam_is_adam_without_a_basis_and_with_the_trivial_one(group):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_sadam_goes_on_from_its_state_dict(spectral, tmp_path, wrapped):
+def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path,
+                                                                             wrapped):
     """Also through accelerate, as under a Trainer. The moments belong to the saved basis."""
     A, gradients, V, gate, _ = spectral
     straight, p = nn.Parameter(A.clone()), nn.Parameter(A.clone())
@@ -280,21 +280,15 @@ def test_sadam_goes_on_from_its_state_dict(spectral, tmp_path, wrapped):
     take_steps(first, p, gradients[:2])
     torch.save(first.state_dict(), tmp_path / "state")
     second.load_state_dict(torch.load(tmp_path / "state"))
+    for unfit in (dict(basis=None, gate=None), dict(basis=torch.ones(6, 2))):
+        state = second.state_dict()
+        state["param_groups"][0].update(unfit)
+        with pytest.raises(ValueError, match="bases of other shapes"):
+            second.load_state_dict(state)
     take_steps(second, p, gradients[2:])
     assert torch.equal(p, straight)
     moments = second.state_dict()["state"][0]
     assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == (3, V.shape[1])
-
-
-@pytest.mark.parametrize("saved", [dict(basis=None, gate=None), dict(basis=torch.ones(4, 2))])
-def test_sadam_refuses_a_state_that_does_not_fit_and_stays_as_it_was(saved):
-    basis, p = torch.eye(4)[:, :3], nn.Parameter(torch.zeros(2, 4))
-    optimizer = folora.SAdam([{"params": [p], "basis": basis, "gate": torch.ones(3)}], 0.1)
-    state = optimizer.state_dict()
-    state["param_groups"][0].update(saved)
-    with pytest.raises(ValueError, match="bases of other shapes"):
-        optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["basis"] is basis
 
 
 # ---- B.3: the start ------------------------------------------------------------------------------
@@ -330,57 +324,16 @@ def test_an_adapter_starts_as_its_layer(alpha, kappa):
 
 # ---- the recipe ----------------------------------------------------------------------------------
 
-def low_rank_inputs(d=16, seed=0):
-    """Pretraining inputs in 10 of 16 dimensions, task inputs in 4 of those and 4 others, and what
-    of the task lies in the others."""
-    g = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(d, d, generator=g)).Q
-    pre = torch.randn(400, 10, generator=g) @ basis[:, :10].mT
-    task = torch.randn(300, 8, generator=g) @ basis[:, 6:14].mT
-    return pre, task, task @ basis[:, 10:13]
-
-
-def fit(model, optimizer, x, y, steps=150):
-    """The last loss over the first."""
-    losses = []
-    for _ in range(steps):
-        loss = ((model(x) - y) ** 2).mean()
-        loss.backward()
-        optimizer.step(), optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses[-1] / losses[0]
-
-
-@pytest.mark.parametrize("how", [dict(lr=1e-2, zero_start=False), dict(lr=3e-2, basis_rank=8)])
-def test_prepare_on_a_bare_mlp_learns_and_keeps_more_than_lora(how):
-    pre, task, new = low_rank_inputs()
-    torch.manual_seed(0)
-    model = MLP()
-    lora, before = copy.deepcopy(model).requires_grad_(False), model(pre).detach()
-    lora.first = folora.LoRALinear(lora.first, 4)
-    adam = torch.optim.Adam([lora.first.lora_A, lora.first.lora_B], 1e-2)
-    optimizer = folora.prepare(model, [{"x": pre}], [{"x": task}], rank=4, target_modules="first",
-                               lam=3.0, **how)
-    close(model(pre), before, rtol=1e-4, atol=1e-5)                  # the start does not perturb
-    assert (model.first.lora_B.abs().max() == 0) == how.get("zero_start", True)
-    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert trainable == ["first.lora_A", "first.lora_B"]
-    learned = fit(model, optimizer, task, torch.sin(new))
-    fit(lora, adam, task, torch.sin(new))
-    moved = [(m(pre) - before).norm() for m in (model, lora)]
-    assert learned < 0.7 and moved[0] < 0.5 * moved[1], (learned, moved)
-    adapted, merged = model(task).detach(), folora.merge(model)
-    assert type(merged.first) is nn.Linear
-    close(merged(task), adapted, rtol=1e-4, atol=1e-4)
-
-
 def test_prepare_is_its_parts_literally():
-    """One layer by hand in float64, every option at a value of its own."""
-    pre, task, _ = low_rank_inputs()
-    model, k = MLP(), 5
+    """One layer by hand in float64, every option at a value of its own. The pretraining inputs are
+    in 10 of 16 dimensions, the task's in 4 of those and 4 others."""
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(16, 16)).Q
+    pre, task = torch.randn(400, 10) @ rotation[:10], torch.randn(300, 8) @ rotation[6:14]
+    model, k = mlp(), 5
     W0 = model.first.weight.detach().clone().double()
-    a, b = folora.prepare(model, [{"x": pre}], [{"x": 100 * task}], 0.1, rank=3, alpha=6, tau=0.05,
-                          lam=2.0, s_min=0.6, target_modules="first", zero_start=False,
+    a, b = folora.prepare(model, [{"input": pre}], [{"input": 100 * task}], 0.1, rank=3, alpha=6,
+                          tau=0.05, lam=2.0, s_min=0.6, target_modules="first", zero_start=False,
                           basis_rank=k).param_groups
     unit = lambda X: X.mT.double() @ X.double() / (X.double() ** 2).sum() * X.shape[1]
     C_pre, C_task = unit(pre), unit(task)    # the task's factor of 100 divides out
@@ -388,6 +341,8 @@ def test_prepare_is_its_parts_literally():
     gamma, V = torch.tensor(gamma).flip(0)[:k], torch.tensor(V).flip(1)[:, :k]
     assert (a["lr"], b["lr"], b["basis"], a["scale"], b["scale"]) == (0.1, 0.1, None, 1.0, 1.0)
     assert (a["params"], b["params"]) == ([model.first.lora_A], [model.first.lora_B])
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["first.lora_A", "first.lora_B"]
     gate = torch.clamp(gamma / (gamma + 2.0), min=0.6)
     assert gate.min() == 0.6 < gate.max()
     close(a["gate"].double(), gate, rtol=1e-3, atol=1e-4)
@@ -398,30 +353,11 @@ def test_prepare_is_its_parts_literally():
     close(2.0 * model.first.lora_B.detach().double(), W0 @ A0.mT, rtol=1e-4, atol=1e-5)
 
 
-def test_one_learning_rate_serves_every_scale():
-    """From B = 0: weights 8 times as large train 8 times as far, and alpha changes nothing."""
-    pre, task, _ = low_rank_inputs()
-    target = 1e3 * torch.randn(300, 32)      # large gradients: Adam's eps is no part of this
-    updates = []
-    for scale, alpha in ((1.0, None), (8.0, None), (1.0, 16.0)):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 32, bias=False))
-        W0 = model[0].weight.detach().mul_(scale).clone()
-        optimizer = folora.prepare(model, [{"input": pre}], [{"input": task}], 1e-2, rank=4,
-                                   alpha=alpha, target_modules="0")
-        size = W0.norm().item() / math.sqrt(4 * 32) / model[0].scaling
-        assert optimizer.param_groups[1]["scale"] == pytest.approx(size, rel=1e-5)
-        fit(lambda x: model(x) / scale, optimizer, task, target, 5)
-        updates.append((folora.merge(model)[0].weight - W0) / scale)
-    for update in updates[1:]:
-        close(update, updates[0], rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("basis_rank", [None, 3, 17])
 def test_each_distinct_input_is_solved_once(basis_rank):
     model, bar = Block(), []
     C = folora.collect_covariances(model, [{"x": torch.randn(4, 20, 8)}], BLOCK_TARGETS)
-    bases = folora.decompose(C, C, 2, 0.01, basis_rank, bar.append, device="cpu")
+    bases = folora.decompose(C, C, 2, 0.01, basis_rank, bar.append)
     assert bar == [1] * 4 and [basis["modules"] for basis in bases] == [
         ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["up_proj"], ["down_proj"]]
     for basis, d in zip(bases, (8, 8, 8, 16)):
@@ -442,16 +378,16 @@ def test_adapters_are_float32_a_basis_may_be_bfloat16_and_merge_rounds_once(dtyp
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
     assert layer(torch.ones(5, 16, dtype=dtype)).dtype == dtype
     W = before + 2 * nn.init.normal_(layer.lora_B).double() @ layer.lora_A.double()
-    assert (folora.merge(model)["f"].weight == W.to(dtype)).float().mean() > 0.98
+    merged = folora.merge(model)["f"]
+    assert type(merged) is nn.Linear and (merged.weight == W.to(dtype)).float().mean() > 0.98
 
 
 def test_the_file_stands_alone():
     """On torch and the standard library, also inside its functions."""
-    tree, names = ast.parse((HERE / "folora.py").read_text()), set()
-    for node in ast.walk(tree):
-        names |= {a.name for a in node.names} if isinstance(node, ast.Import) else set()
-        names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
-    assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+    tree = ast.parse((HERE / "folora.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {getattr(node, "module", node.names[0].name).split(".")[0] for node in imports}
+    assert names <= {"torch", *sys.stdlib_module_names}
 
 
 # ---- B.4: calibration text -----------------------------------------------------------------------
@@ -535,9 +471,10 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
     (model, tokenizer), texts = copy.deepcopy(tiny), []
     config = dict(repetition_penalty=5.0, no_repeat_ngram_size=1, min_p=0.9, num_beams=2)
     for seed in (0, 0, 1):
-        torch.manual_seed(5), torch.rand(len(texts))                 # it has a seed of its own,
+        torch.manual_seed(5)
+        torch.rand(len(texts))                                       # it has a seed of its own,
         state = torch.random.get_rng_state()
-        texts.append(folora.sample_calibration(model, tokenizer, 6, 128, 140, seed=seed))
+        texts.append(folora.sample_calibration(model, tokenizer, 6, 60, 70, seed=seed))
         assert torch.equal(state, torch.random.get_rng_state())      # and leaves the global one
         vars(model.generation_config).update(config)
     assert config.items() <= vars(model.generation_config).items()
@@ -545,34 +482,25 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
     # it says what it was pretrained on: known words, in known forms
     forms, known = r"Q: .*\?\nA: |### Instruction|\d [+-] \d+ = \d|\.\n\n", 0
     for text, again in zip(*texts, strict=True):
-        assert text[0] == tokenizer.bos_token_id and 129 <= len(text) <= 141
+        assert text[0] == tokenizer.bos_token_id and 61 <= len(text) <= 71
         assert tokenizer.eos_token_id not in text and torch.equal(text, again)
         known += bool(re.search(forms, tokenizer.decode(text)))
     assert known >= 5
 
-
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
 
 peft = pytest.importorskip("peft")
+PREPARE, SOME = dict(lr=3e-3, basis_rank=16), ("q_proj", "v_proj", "down_proj")
+SAME = dict(rtol=1e-5, atol=1e-5)
 
 
-def batches_of(tokenizer, count, size=4):
-    """Batches of tiny's word problems with labels, and the same without."""
+def word_problems(tokenizer, count):
     rows = ev.read_rows(str(ev.TINY / "train.jsonl"), limit=count)
-    examples = ev.encode_all(tokenizer, ev.to_pairs(rows, "train"), 256)
-    full = [ev.collate(examples[i:i + size], CPU) for i in range(0, count, size)]
-    return full, [{k: b[k] for k in ("input_ids", "attention_mask")} for b in full]
+    return ev.encode_all(tokenizer, ev.to_pairs(rows, "train"), 256)
 
 
 def losses(model, optimizer, batches):
-    """The loss of each batch before the step on it."""
-    out = []
-    for batch in batches:
-        out.append(model(**batch).loss)
-        out[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return torch.stack(out).detach()
+    return descend(optimizer, lambda batch: model(**batch).loss, batches)
 
 
 def wrapped(model, **config):
@@ -580,34 +508,31 @@ def wrapped(model, **config):
     return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
 
 
-PREPARE, SOME = dict(lr=3e-3, basis_rank=16), ("q_proj", "v_proj", "down_proj")
-
-
 @pytest.fixture(scope="module")
 def trajectory(tiny):
     """(model, batches for training and for covariances, LoRALinear's losses)."""
     model, tokenizer = tiny
-    batches, inputs = batches_of(tokenizer, 32)
-    ours = copy.deepcopy(model)
+    examples, ours = word_problems(tokenizer, 32), copy.deepcopy(model)
+    batches = [ev.collate(examples[i:i + 4], CPU) for i in range(0, 32, 4)]
+    inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
     optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16, target_modules=SOME,
                                **PREPARE)
     return model, batches, inputs, losses(ours, optimizer, batches)
 
 
-SAME = dict(rtol=1e-5, atol=1e-5)
-CONFIGS = {        # of PEFT, and how near the losses are to LoRALinear's
-    "plain": ({}, SAME), "rsLoRA": (dict(use_rslora=True, lora_alpha=2 * 8 ** 0.5), SAME),
-    "gaussian": (dict(init_lora_weights="gaussian"), SAME),
-    "dropout": (dict(lora_dropout=0.5), SAME),
-    "rank_pattern": (dict(rank_pattern={"q_proj": 4, "down_proj": 200}), None),
-    "DoRA": (dict(use_dora=True), None), "lora_bias": (dict(lora_bias=True), None),
-    "modules_to_save": (dict(modules_to_save=["lm_head"]), None)}
+CONFIGS = {        # of PEFT, and whether the losses are LoRALinear's
+    "plain": ({}, True), "rsLoRA": (dict(use_rslora=True, lora_alpha=2 * 8 ** 0.5), True),
+    "gaussian": (dict(init_lora_weights="gaussian"), True),
+    "dropout": (dict(lora_dropout=0.5), True),
+    "rank_pattern": (dict(rank_pattern={"q_proj": 4, "down_proj": 200}), False),
+    "DoRA": (dict(use_dora=True), False), "lora_bias": (dict(lora_bias=True), False),
+    "modules_to_save": (dict(modules_to_save=["lm_head"]), False)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pefts_adapters_are_trained_as_ours(name, trajectory):
     model, batches, inputs, expected = trajectory
-    config, tolerance = CONFIGS[name]
+    config, same = CONFIGS[name]
     theirs = wrapped(model, **config)
     before = theirs(**batches[0]).loss
     for p in theirs.parameters() if name == "gaussian" else ():          # prepare makes it float32
@@ -619,53 +544,50 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
     assert {id(p) for p in trainable} == {id(p) for p in grouped}
     found = losses(theirs, optimizer, batches)
     assert theirs(**batches[0]).loss < before
-    if tolerance:
-        close(found, expected, **tolerance)
+    if same:
+        close(found, expected, **SAME)
     elif name != "rank_pattern":                                           # the rest is trained too
         assert optimizer.param_groups[-1]["scale"] == 0.1
-
-
-EXPERTS = nn.Sequential(nn.Linear(4, 4))
-EXPERTS[0].extra = nn.Parameter(torch.zeros(2, 4, 4))
 
 
 @pytest.mark.parametrize("config", [
     dict(init_lora_weights="pissa"), dict(init_lora_weights=False), dict(inference_mode=True),
     dict(target_modules=["embed_tokens"]), None,
-    dict(r=2, target_modules=[], target_parameters=["0.extra"])])
+    dict(target_modules=[], target_parameters=["q_proj.weight"])])
 def test_adapters_that_cannot_start_are_refused(config, tiny):
     if config is None:
         prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         theirs = peft.get_peft_model(copy.deepcopy(tiny[0]), prompt)
     else:
-        theirs = wrapped(EXPERTS if "target_parameters" in config else tiny[0], **config)
+        theirs = wrapped(tiny[0], **config)
     with pytest.raises(ValueError, match="PEFT must have wrapped linear layers"):
         folora.find_targets(theirs)
     with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
         folora.attach(theirs, [], lr=1e-2, zero_start=False)
 
 
-def test_the_length_of_a_row_is_read_without_the_bias():
-    layer = nn.Linear(32, 16, dtype=torch.bfloat16)
-    nn.init.constant_(layer.bias, 100.0)
-    expected = layer.weight.float().norm(dim=1).square().mean().sqrt().item()
-    theirs = wrapped(nn.Sequential(layer), target_modules=["0"]).base_model.model[0]
-    for either in (layer, theirs):
-        assert folora._row_length(either) == pytest.approx(expected)
+@pytest.mark.parametrize("wrap, alpha, kappa", [(0, None, 1), (0, 12.0, 3), (1, None, 3)])
+def test_a_step_of_b_is_measured_in_lengths_of_w0s_rows(wrap, alpha, kappa):
+    """So that one learning rate serves every weight and every κ. The bias does not count."""
+    model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
+    nn.init.constant_(model[0].bias, 100.0)
+    length = model[0].weight.float().norm(dim=1).square().mean().sqrt().item()
+    model = wrapped(model, r=4, lora_alpha=12, target_modules=["0"]) if wrap else model
+    inputs = [{"input": torch.randn(90, 16, dtype=torch.bfloat16)}]
+    optimizer = folora.prepare(model, inputs, inputs, 1e-2, 4, alpha, target_modules="0")
+    assert optimizer.param_groups[1]["scale"] == pytest.approx(length / (4 ** 0.5 * kappa))
 
 
 def test_gpt2s_conv1d_and_an_encoder_are_prepared():
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
-    size = dict(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=50)
-    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                      intermediate_size=32, vocab_size=50)
+    size = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=50)
+    bert = BertModel(BertConfig(**size, intermediate_size=32))
     ids = [{"input_ids": torch.randint(50, (4, 20))} for _ in range(8)]
-    for model in (GPT2LMHeadModel(GPT2Config(**size)), BertModel(bert)):
+    for model in (GPT2LMHeadModel(GPT2Config(**size)), bert):
         theirs = wrapped(model, target_modules="all-linear")
         optimizer = folora.prepare(theirs, ids[:4], ids[4:], **PREPARE)
         before = theirs(**ids[0])[0]
-        theirs(**ids[0])[0].square().mean().backward()
-        optimizer.step()
+        descend(optimizer, lambda batch: theirs(**batch)[0].square().mean(), ids[:1])
         assert (theirs(**ids[0])[0] - before).abs().max() > 1e-4
 
 
@@ -673,19 +595,20 @@ def test_gpt2s_conv1d_and_an_encoder_are_prepared():
 def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajectory, tmp_path):
     from transformers import AutoModelForCausalLM
     model, batches, inputs, _ = trajectory
-    ours = copy.deepcopy(model)
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    ours, untouched = copy.deepcopy(model), model(**inputs[0]).logits
     optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16,
                                zero_start=zero_start, **PREPARE)
     losses(ours, optimizer, batches[:4])
     folora.save_adapter(ours, tmp_path)
     header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
+    ours.save_pretrained(tmp_path / "whole")                               # without the adapters
+    alone = load(tmp_path / "whole")(**inputs[0]).logits
+    assert torch.allclose(alone, untouched, atol=1e-4) == zero_start
     expected = folora.merge(ours)(**inputs[0]).logits
-    for loaded in (peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path),
-                   AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+    for loaded in (peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path), load(tmp_path)):
         close(loaded(**inputs[0]).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="PEFT's own models have save_pretrained"):
-        folora.save_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize("how", [dict(load_in_8bit=True),
@@ -730,15 +653,6 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
         train("third", ours=False)
 
 
-def test_a_checkpoint_of_our_layers_loads_as_the_untouched_model(tiny, tmp_path):
-    from transformers import AutoModelForCausalLM
-    ours, (batches, inputs) = copy.deepcopy(tiny[0]), batches_of(tiny[1], 8)
-    losses(ours, folora.prepare(ours, inputs, inputs, rank=8, **PREPARE), batches)
-    ours.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    close(again(**inputs[0]).logits, tiny[0](**inputs[0]).logits)
-
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 def unread():
@@ -752,11 +666,11 @@ def collect(batches=(), model=None, targets=BLOCK_TARGETS):
 
 def prepare(model=None, batches=None, **how):
     how = dict(lr=0.1, rank=2, target_modules="first") | how
-    return folora.prepare(model or MLP(), batches or unread(), batches or unread(), **how)
+    return folora.prepare(model or mlp(), batches or unread(), batches or unread(), **how)
 
 
 partial, nan, inf = functools.partial, math.nan, math.inf
-I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), MLP()
+I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), mlp()
 ADAPTED.first = folora.LoRALinear(ADAPTED.first, 2)
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
     ("rank .* is not from 1 to 16, first's width, or no integer", prepare,
@@ -779,7 +693,7 @@ REFUSED = [                                  # (message, call, options that are 
     ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=inf), dict(lam=nan),
      dict(s_min=1.1), dict(s_min=-0.1)),
     ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
-     dict(model=MLP())),
+     dict(model=mlp())),
 ]
 
 
@@ -832,8 +746,11 @@ def test_pairs_are_found_under_every_name_and_gsm8k_notes_go():
             {"query": "q", "original_question": "o", "response": "r"}]         # MetaMathQA
     wanted = [("q", ["2+3=5.\nThe answer is: 5"]), ("q\ni", ["r"]), ("q", ["r"]), ("q", ["r"])]
     assert ev.to_pairs(rows, "x") == wanted
-    rows = [{"question": "q", "answer": answer} for answer in ("a", ["a"], {"aliases": ["a", ""]})]
-    assert ev.to_pairs(rows, "x") == [("q", ["a"])] * 3
+    for answer in ("a", ["a"], {"aliases": ["a", ""]}):
+        assert ev.to_pairs([{"question": "q", "answer": answer}], "x") == [("q", ["a"])]
+    for nothing in (None, 5, " ", [5], {"aliases": []}):
+        with pytest.raises(ev.UserError, match="x, line 2: no field called answers or answer or"):
+            ev.to_pairs([rows[0], {"question": "q", "answer": nothing}], "x")
 
 
 def test_no_separator_but_a_line_feed_ends_a_line_of_a_file(tmp_path):
@@ -842,25 +759,6 @@ def test_no_separator_but_a_line_feed_ends_a_line_of_a_file(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
     assert ev.read_rows(str(path)) == rows
     assert ev.given_texts(str(path), 1) == [rows[0]["text"]]
-
-
-ROW = b'{"question": "q", "answer": "The answer is: 5", "text": "t"}\n'
-
-
-@pytest.mark.parametrize("task, line, message", [
-    *(("texts", line, "not JSON with fields")
-      for line in (b'{"text": "\xff"}', b'{"text"', b"[1]", b"null")),
-    *(("texts", line, "no field called text or question with a text in it: ")
-      for line in (b'{"text": 5}', b'{"b": "a"}', b'{"text": " "}')),
-    *(("facts", b'{"question": "q", "answer": %s}' % answer, "no field called answers or ")
-      for answer in (b"null", b"5", b'" "', b"[5]", b'{"aliases": []}')),
-    ("nll", b'{"answer": "a"}', "no field called question or query"),
-    ("gsm8k", b'{"question": "q", "answer": "five"}', "its answer has no number")])
-def test_a_bad_row_is_named_before_a_model_is_loaded(tmp_path, task, line, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(ROW + line + b"\n" + ROW)
-    with pytest.raises(ev.UserError, match=f"a.jsonl, line 2: {message}"):
-        ev.given_texts(str(path), None) if task == "texts" else ev.load_tasks(f"{task}={path}")
 
 
 def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
@@ -874,14 +772,12 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
         assert example["labels"][-1] == tokenizer.eos_token_id
     own = model(**ev.collate(examples, CPU)).loss.item()
     assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own, rel=1e-4)
-    with pytest.raises(ev.UserError, match="1 of 1 examples have prompts that fill --max-length 9"):
-        ev.encode_all(tokenizer, pairs[:1], 9)
 
 
 @pytest.mark.parametrize("kind, options", [
     ("Gemma2", {"final_logit_softcapping": 0.5}), ("Granite", {"logits_scaling": 3.0}),
     ("Cohere", {"logit_scale": 0.25}), ("OPT", {"word_embed_proj_dim": 16, "ffn_dim": 32}),
-    ("GPT2", {"n_layer": 1, "n_head": 2}), ("Mixtral", {"output_router_logits": True})])
+    ("GPT2", {}), ("Mixtral", {"output_router_logits": True})])
 def test_the_loss_of_padded_rows_is_that_of_each_alone_whatever_the_head_does(kind, options):
     import transformers
     options |= dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -901,9 +797,8 @@ def test_the_loss_of_padded_rows_is_that_of_each_alone_whatever_the_head_does(ki
 
 def test_drift_is_the_kl_of_next_token_distributions(tiny):
     model, tokenizer = tiny
-    other, _ = ev.load_model("tiny", CPU, torch.float32)
-    with torch.no_grad():
-        other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+    other = copy.deepcopy(model)
+    other.model.layers[2].mlp.down_proj.weight.data.mul_(1.5)
     texts = [torch.tensor(tokenizer(text)["input_ids"])
              for text in ("12 + 7 = 19\n", "Q: what is 4 + 4?\nA: 8\nQ: ")]
     kl = []
@@ -966,8 +861,6 @@ def test_summary_rows():
     assert ev.summarise(after, before) == wanted
     assert ev.summarise(after | ev.summarise(after, before), before) == wanted
     assert "Avg1(%)" not in ev.summarise(after, {**before, "nq_open": 0.0, "webqs": 0.0})
-    printed = ev.table({"untouched": before, "folora": after})
-    assert "drift" in printed and "Avg1(%)" in printed
     assert "Avg1(%)" not in ev.table({"folora": after})
 
 
@@ -984,11 +877,9 @@ def test_wrong_weights_are_refused_and_finished_columns_printed(tmp_path, name, 
     assert "facts" in out and "Avg1" in out and "other" not in out
 
 
-def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tmp_path):
-    peft, run = pytest.importorskip("peft"), str(tmp_path)
-    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(ev.load_model("tiny", CPU, torch.float32)[0], config)
-    config.base_model_name_or_path = "tiny"
+def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
+    run, model = str(tmp_path), wrapped(tiny[0], init_lora_weights=False)
+    model.peft_config["default"].base_model_name_or_path = "tiny"
     model.save_pretrained(tmp_path / "adapter")
     wanted = model.merge_and_unload().state_dict()
     ours, rounded = (ev.load_model(f"{run}/adapter", CPU, dtype)[0].state_dict()
@@ -1008,26 +899,21 @@ def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tmp_path):
     assert ev.find_model(run) == (str(tmp_path / "merged"), None, {"model": "tiny"})
 
 
-@pytest.mark.parametrize("error, status", [
-    (ev.UserError("it is so"), 2), (OSError(28, "it is so"), 2), (KeyboardInterrupt("it is so"), 2),
-    (MemoryError("it is so"), 2), (torch.OutOfMemoryError("it is so\nmore"), 2),
-    (FloatingPointError("it is so"), 1), (ValueError("it is so"), None)])
-def test_what_the_user_can_mend_is_one_line(error, status, capsys):
+@pytest.mark.parametrize("error, line", [
+    (OSError(28, "it is so"), "it is so"), (KeyboardInterrupt(), "interrupted"),
+    (MemoryError(), "MemoryError"), (torch.OutOfMemoryError("it is so\nmore"), "it is so"),
+    (ValueError("it is so"), None)])
+def test_what_the_user_can_mend_is_one_line(error, line, capsys):
     @ev.one_line
     def main(arguments=None):
         bar = tqdm(total=3)                          # it is open and must not share the line
         bar.update()
         raise type(error)(*error.args)
-    if status:
-        assert stopped(main, [], capsys, status).endswith("it is so")
+    if line:
+        assert stopped(main, [], capsys).endswith(line)
     else:
         with pytest.raises(type(error)):
             main()
-
-
-def test_what_folora_raises_itself_is_the_users(capsys):
-    main = ev.one_line(lambda arguments: folora.spectral_gate(torch.ones(1), -1.0, 0.0))
-    assert "lam must be > 0" in stopped(main, [], capsys)
 
 
 def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
@@ -1113,7 +999,7 @@ def test_a_baseline_starts_as_its_layer_then_moves_and_merges(method, alpha, lay
     near = dict(rtol=1e-5, atol=1e-5)
     close(adapter(x), base(x), **near)
     A, B = adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()
-    fit(adapter, optimizer, x, torch.zeros(9, 10), 3)
+    descend(optimizer, lambda _: adapter(x).square().mean(), range(3))
     assert not torch.equal(adapter.lora_B, B)
     assert torch.equal(adapter.lora_A, A) == (method == "lora-null-v2")          # v2 freezes A
     assert not adapter.weight.requires_grad
@@ -1127,34 +1013,25 @@ def test_a_baseline_starts_as_its_layer_then_moves_and_merges(method, alpha, lay
 
 
 @pytest.mark.parametrize("alpha, kappa", [(None, 1.0), (12.0, 3.0)])
-@pytest.mark.parametrize("method", ["milora", "lora-null", "lora-null-v2"])
+@pytest.mark.parametrize("method", ["milora", "corda", "lora-null", "lora-null-v2"])
 def test_a_baselines_start_is_its_formula_in_numpy(method, alpha, kappa, layer):
     adapter = baseline(method, *layer, alpha)[0]
-    A, B = (p.detach().double() for p in (adapter.lora_A, adapter.lora_B))
-    W, C = layer[0].weight.detach().double().numpy(), layer[1].double().numpy()
-    Q = numpy.linalg.svd(W)[2][6:10] if method == "milora" else numpy.linalg.eigh(C)[1][:, :4].T
-    S = torch.tensor(numpy.linalg.svd(W @ Q.T)[1] / kappa).diag()    # of W in the span of Q's rows
-    close(kappa * B @ A, torch.tensor(W @ Q.T @ Q), rtol=1e-4, atol=1e-4)
-    for product in (A @ A.mT, B.mT @ B):
-        close(product, S, rtol=1e-4, atol=1e-4)                      # both factors have √(S/κ)
-
-
-@pytest.mark.parametrize("alpha, kappa", [(None, 1.0), (12.0, 3.0)])
-def test_corda_is_its_formula_in_numpy(alpha, kappa, layer):
-    adapter = baseline("corda", *layer, alpha)[0]
     A, B = (p.detach().numpy() for p in (adapter.lora_A, adapter.lora_B))
     W, C = layer[0].weight.detach().double().numpy(), layer[1].double().numpy()
-    damped = C + 0.01 * numpy.diag(C).mean() * numpy.eye(12)
-    U, S, Vh = numpy.linalg.svd(W @ damped, full_matrices=False)
-    expected = U[:, -4:] * S[-4:] @ Vh[-4:] @ numpy.linalg.inv(damped)
-    numpy.testing.assert_allclose(kappa * B @ A, expected, atol=1e-4)
-    numpy.testing.assert_allclose(B.T @ B, numpy.diag(S[-4:] / kappa), rtol=1e-4, atol=1e-4)
+    inner = {"milora": numpy.eye(12), "corda": C + 0.01 * numpy.diag(C).mean() * numpy.eye(12)}
+    least = numpy.linalg.eigh(C)[1][:, :4]
+    inner = inner.get(method, least @ least.T)                       # LoRA-Null's U0 U0ᵀ
+    U, S, Vh = numpy.linalg.svd(W @ inner, full_matrices=False)
+    kept = slice(4) if "null" in method else slice(-4, None)
+    S, right = S[kept] / kappa, Vh[kept]
+    right = right @ numpy.linalg.inv(inner) if method == "corda" else right
+    numpy.testing.assert_allclose(B @ A, U[:, kept] * S @ right, atol=1e-4)
+    numpy.testing.assert_allclose(B.T @ B, numpy.diag(S), rtol=1e-4, atol=1e-4)  # √(S/κ) in each
 
 
 @pytest.mark.parametrize("alpha", [4, 8])
 @pytest.mark.parametrize("method", ["lora", "corda"])
 def test_a_start_is_pefts(method, alpha, layer, tmp_path):
-    peft = pytest.importorskip("peft")
     from peft.tuners.lora import config, corda
     base, C = layer
     model = nn.ModuleDict({"q_proj": copy.deepcopy(base)})
@@ -1182,10 +1059,12 @@ def test_a_start_is_pefts(method, alpha, layer, tmp_path):
 # ---- the scripts, end to end ---------------------------------------------------------------------
 
 COMMON = ("--max-samples 64 --batch-size 8 --micro-batch-size 4 --max-steps 6 --log-every 2 "
-          "--rank 8 --calibration-max-tokens 130 --eval-samples 4").split()
+          "--rank 8 --calibration-max-tokens 40 --eval-samples 4").split()
 FAST = [*COMMON, *"--calibration-samples 4 --task-samples 8 --basis-rank 16 --compare no".split()]
 TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"
 METHODS = [("folora", ()), ("lora", ()), ("folora", ("--preset", "paper"))]
+COMPARED = ("folora", *"--tasks facts,drift --compare lora --lr 1e-2 --merge 1 --kl 2 --kl-texts 3 "
+            "--target-modules q_proj,down_proj".split())
 
 
 def read_json(path):
@@ -1240,50 +1119,45 @@ def test_training_writes_its_run(method, more, trained):
     assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
 
 
-def test_lora_is_compared_in_the_same_run(tmp_path, capsys):
-    out = tmp_path / "run"
-    arguments = [*FAST, *"--tasks drift --lr 1e-2 --compare lora --merge 1 --out".split(), str(out)]
-    arguments += ["--target-modules", "q_proj,down_proj"]
-    train_math.main(arguments)
-    lines = capsys.readouterr().out.splitlines()
-    header = next(line for line in lines if line.split()[:1] == ["untouched"])
-    assert header.split() == ["untouched", "folora", "lora"]
-    rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
-    assert rates == [1e-2, 4e-3]
-    train_math.main(arguments)                       # prints the table
-    assert header in capsys.readouterr().out
-    weights = load_file(out / "merged" / "model.safetensors")
-    shutil.rmtree(out / "merged")                    # the adapter alone is the same model
-    again = ev.load_model(str(out), CPU, torch.float32)[0].state_dict()
-    plain = ev.load_model("tiny", CPU, torch.float32)[0].state_dict()
-    for name, weight in weights.items():
-        close(again[name], weight)
-        assert torch.equal(weight, plain[name]) != ("q_proj" in name or "down_proj" in name)
-
-
 def test_eval_reads_a_run(trained, capsys):
     out, _ = trained("folora")
     scores = read_json(out / "summary.json")["scores"]
     ev.main([str(out), "tiny", "--tasks", TASKS, "--limit", "4"])
     words = [line.split() for line in capsys.readouterr().out.splitlines()]
     row = {line[0]: [float(x) for x in line[-2:]] for line in words if line[0] in ("nll", "drift")}
-    columns = [scores["folora"], scores["untouched"]]
-    assert row["nll"] == pytest.approx([s["nll"] for s in columns], abs=2e-3)
-    assert row["drift"] == pytest.approx([s["drift"] for s in columns], abs=1e-4)
+    for task, digits in (("nll", 2e-3), ("drift", 1e-4)):
+        columns = [scores[column][task] for column in ("folora", "untouched")]
+        assert row[task] == pytest.approx(columns, abs=digits)
+
+
+def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
+    out, printed = trained(*COMPARED)
+    header = next(line for line in printed.splitlines() if line.split()[:1] == ["untouched"])
+    assert header.split() == ["untouched", "folora", "lora"]
+    rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
+    assert rates == [1e-2, 4e-3]
+    train_math.main(command(*COMPARED, "--out", str(out)))           # prints the table
+    assert header in capsys.readouterr().out
+    merged, adapter = (ev.load_model(str(path), CPU, torch.float32)[0].state_dict()
+                       for path in (out, out / "adapter"))
+    for name, untouched in tiny[0].state_dict().items():
+        close(merged[name], adapter[name])
+        assert torch.equal(merged[name], untouched) != ("q_proj" in name or "down_proj" in name)
 
 
 MOMENTS = ("in the eigenproblems", "first checkpoint.pt half written", "summary.json half written")
 
 
-@pytest.mark.parametrize("method, more, moment", [(*m, k) for m, k in zip(METHODS, MOMENTS)])
-def test_a_killed_run_goes_on_to_the_same_numbers(method, more, moment, trained, tmp_path):
-    whole = kill.result(trained(method, *more)[0])
-    arguments = [*command(method, *more), "--out", str(tmp_path / "cut")]
-    code = (f"import torch; from assets import kill; torch.set_num_threads(1); "
-            f"assert kill.killed(kill.start({arguments}, kill.MOMENTS[{moment!r}]))[0]")
+def test_killed_runs_go_on_to_the_same_numbers(trained, tmp_path):
+    runs = [[*command(method, *more), "--out", str(tmp_path / moment)]
+            for (method, more), moment in zip(METHODS, MOMENTS)]
+    code = (f"import torch; from assets import kill; torch.set_num_threads(1)\n"
+            f"for moment, run in zip({MOMENTS}, {runs}):\n"
+            f"    assert kill.killed(kill.start(run, kill.MOMENTS[moment]))[0]")
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)   # TRL's threads cannot fork
-    train_math.main(arguments)
-    assert kill.result(tmp_path / "cut") == whole
+    for (method, more), moment, run in zip(METHODS, MOMENTS, runs):
+        train_math.main(run)
+        assert kill.result(tmp_path / moment) == kill.result(trained(method, *more)[0])
 
 
 def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, monkeypatch, capsys):
@@ -1319,8 +1193,7 @@ HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(
 
 
 def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
-    out, _ = trained("folora")
-    arguments = command("folora", "--out", str(out))
+    arguments = command("folora", "--out", str(trained("folora")[0]))
     stop = lambda *more: stopped(train_math.main, [*arguments, *more], capsys)
     assert "holds a run with another merge, rank: give" in stop("--rank", "4", "--merge", "1")
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -1334,40 +1207,43 @@ def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
     assert "holds a run with another basis_rank, batch_size, " in stop("--out", tmp_path)
 
 
-def some_examples(tokenizer, count):
-    rows = ev.read_rows(str(ev.TINY / "train.jsonl"), limit=count)
-    return ev.encode_all(tokenizer, ev.to_pairs(rows, "train"), 256)
-
-
-def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient():
-    model, tokenizer = ev.load_model("tiny", CPU, torch.float32)
-    batch, calls, seen = ev.collate(some_examples(tokenizer, 1), CPU), [], []
+def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient(tiny):
+    model, calls, seen = copy.deepcopy(tiny[0]), [], []
+    batch = ev.collate(word_problems(tiny[1], 1), CPU)
     layers = model.requires_grad_(False).model.layers
     weight = layers[0].mlp.down_proj.weight.requires_grad_()
     layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     for on in (1, 0):
         train_math.recompute(model, on)
-        inner = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Dropout))]
-        assert not any(m.training for m in inner)
+        assert not any(m.training for m in model.modules() if isinstance(m, nn.Linear))
         seen.append(torch.autograd.grad(ev.summed_nll(model, batch), weight)[0])
     close(*seen)
     assert len(calls) == 3                   # twice with, once without
 
 
-def torchrun(*command):
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-    done = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, cwd=HERE,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+TWO_PROCESSES = """
+import sys, torch, folora, train_math
+train_math.join()
+torch.manual_seed(train_math.RANK)                      # each process would have another basis
+x, net = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
+task = [{"input": x * torch.arange(1, 9)}]
+optimizer = folora.prepare(net, [{"input": x}], task, 1e-2, 4, target_modules="0", basis_rank=5)
+for mine in (optimizer.param_groups[0]["basis"], net[0].lora_A.detach()):
+    copies = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(copies, mine.contiguous())
+    assert torch.equal(*copies)
+train_math.main()
+"""
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_share_bases_and_do_what_one_does(trained, tmp_path):
     """The same batch and KL texts, divided by torchrun: the same losses, scores and weights."""
-    arguments = [*FAST, *"--compare lora --kl 2 --kl-texts 3 --tasks facts,drift --out".split()]
-    one, two = tmp_path / "one", tmp_path / "two"
-    train_math.main([*arguments, str(one)])
-    done = torchrun("train_math.py", *arguments, two)
+    one, two, script = trained(*COMPARED)[0], tmp_path / "two", tmp_path / "work.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    done = subprocess.run([*launch, script, *command(*COMPARED), "--out", two], text=True, cwd=HERE,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Avg1(%)") == done.stderr.count("eigenproblems:   0%") == 1
     for method, runs in (("folora", (one, two)), ("lora", (one / "lora", two / "lora"))):
         losses = [[line["loss"] for line in metrics(run)] for run in runs]
@@ -1376,26 +1252,6 @@ def test_two_processes_do_what_one_does(tmp_path):
         assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-6)
         a, b = (ev.load_model(str(run), CPU, torch.float32)[0].state_dict() for run in runs)
         assert all((a[name] - b[name]).norm() < 1e-5 * a[name].norm() for name in a)
-
-
-TWO_PROCESSES = """
-import os, torch, folora
-torch.distributed.init_process_group("gloo")
-torch.manual_seed(torch.distributed.get_rank())         # each process would have another basis
-x, net = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
-task = [{"input": x * torch.arange(1, 9)}]
-optimizer = folora.prepare(net, [{"input": x}], task, 1e-2, 4, target_modules="0", basis_rank=5)
-for mine in (optimizer.param_groups[0]["basis"], net[0].lora_A.detach()):
-    copies = [torch.empty_like(mine) for _ in range(2)]
-    torch.distributed.all_gather(copies, mine.contiguous())
-    assert torch.equal(*copies)
-os._exit(0)                                             # gloo's threads may abort an ordinary exit
-"""
-
-
-def test_processes_share_bases(tmp_path):
-    (tmp_path / "work.py").write_text(TWO_PROCESSES)
-    torchrun(tmp_path / "work.py")
 
 
 def test_schedule_and_order_of_the_data():
@@ -1509,17 +1365,18 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
 
 
 @pytest.mark.parametrize("zero_start", [True, False])
-def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(tiny, zero_start):
-    model, (batches, inputs) = tiny[0], batches_of(tiny[1], 8)
-    ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs]
+def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
+        trajectory, tiny, zero_start):
+    model, batches, inputs, _ = trajectory
+    ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs[:2]]
     optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
-    losses(ours, optimizer, batches)
+    losses(ours, optimizer, batches[:2])
     moved = ours(**inputs[0]).logits
     kl = train_math.kl_from_untouched(ours, texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
     assert torch.equal(ours(**inputs[0]).logits, moved)
     parameters = [p for p in ours.parameters() if p.requires_grad]
-    examples = some_examples(tiny[1], 2)             # two micro-batches of one
+    examples = word_problems(tiny[1], 2)             # two micro-batches of one
     loss = ev.summed_nll(ours, ev.collate(examples, CPU))
     labels = sum(label != -100 for e in examples for label in e["labels"][1:])
     expected = torch.autograd.grad(loss / labels + 5 * kl, parameters)
@@ -1622,37 +1479,29 @@ def test_the_report_reads_fronts_and_takes_undominated_settings_to_the_fresh_mea
 
 # ---- the house -----------------------------------------------------------------------------------
 
-def code_lines(path):
-    """Lines that are neither blank nor comment nor docstring."""
-    text = path.read_text()
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-               tokenize.ENDMARKER, tokenize.ENCODING}
-    code = {line for token in tokenize.tokenize(io.BytesIO(text.encode()).readline)
-            if token.type not in skipped for line in range(token.start[0], token.end[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documented and ast.get_docstring(node):
-            code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(code)
-
-
 @pytest.mark.parametrize("name, lines, code", BUDGETS)
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
+    """Lines of code are neither blank nor comment nor docstring."""
     text = (HERE / name).read_text()
-    assert len(text.splitlines()) <= lines and code_lines(HERE / name) <= code
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline)
+              if token.type not in skipped and token.string]
+    found = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found -= set(range(node.lineno, node.end_lineno + 1))
+    assert len(text.splitlines()) <= lines and len(found) <= code
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_the_readme_is_short_and_its_python_runs(tmp_path):
+def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl"), pytest.importorskip("bitsandbytes")
     text = (HERE / "README.md").read_text()
     assert len(text.splitlines()) <= 205 and len(text.split()) <= 1560
-    (tmp_path / "tiny").symlink_to(ev.TINY)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/cats/adapter_model.safetensors").exists()
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").symlink_to(ev.TINY)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
+    assert Path("runs/cats/adapter_model.safetensors").exists()
 
 
 def test_the_readmes_commands_are_options_that_exist():
