@@ -562,8 +562,22 @@ def test_adapters_that_cannot_start_are_refused(config, tiny):
         theirs = wrapped(tiny[0], **config)
     with pytest.raises(ValueError, match="PEFT must have wrapped linear layers"):
         folora.find_targets(theirs)
+
+
+def test_what_peft_cannot_do_is_refused(tiny):
+    theirs = wrapped(tiny[0], target_modules=["q_proj"])
     with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
-        folora.attach(theirs, [], lr=1e-2, zero_start=False)
+        folora.prepare(theirs, unread(), unread(), lr=1e-2, zero_start=False)
+    with pytest.raises(ValueError, match="use its merge_and_unload"):
+        folora.merge(theirs)
+    name = next(iter(folora.find_targets(theirs)))
+    few = {"A0": torch.eye(3, 192), "gamma": torch.ones(2), "V": torch.eye(192, 2)}
+    with pytest.raises(ValueError, match="PEFT's rank 8 is above"):
+        folora.attach(theirs, [{"modules": [name], **few}], lr=1e-2)
+    theirs.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        folora.find_targets(theirs)
 
 
 @pytest.mark.parametrize("wrap, alpha, kappa", [(0, None, 1), (0, 12.0, 3), (1, None, 3)])
@@ -672,13 +686,20 @@ def prepare(model=None, batches=None, **how):
 partial, nan, inf = functools.partial, math.nan, math.inf
 I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), mlp()
 ADAPTED.first = folora.LoRALinear(ADAPTED.first, 2)
+TIED = mlp()
+TIED.again = TIED.first
+ONE = [{"modules": ["first"], "gamma": torch.ones(2), "V": torch.eye(16, 2)}]
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
-    ("rank .* is not from 1 to 16, first's width, or no integer", prepare,
+    ("rank .* is not from 1 to 16, first's width", prepare,
      dict(rank=17), dict(rank=0), dict(rank=2.0), dict(rank=None)),
-    ("called gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
-    ("called , but down_proj", collect, dict(targets=())),
-    ("called proj, but down_proj", collect, dict(targets="proj")),
+    ("called gate_proj, only down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
+    ("called , only down_proj", collect, dict(targets=())),
+    ("called proj, only down_proj", collect, dict(targets="proj")),
     ("first is adapted .merge first", prepare, dict(model=ADAPTED)),
+    ("first shares its weight", prepare, dict(model=TIED)),
+    ("lr must be >= 0", partial(folora.SAdam, [nn.Parameter(I3)]), dict(lr=-1), dict(lr=inf)),
+    ("adapters already, or the bases", partial(folora.attach, lr=1), dict(model=ADAPTED, bases=ONE),
+     dict(model=mlp(), bases=[ONE[0] | {"V": I3}])),
     ("no token reached q_proj", collect, dict(batches=[]), dict(
         batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
     ("a batch is a dict with input_ids", collect, dict(batches=[IDS]), dict(batches=[I3]),
@@ -1181,7 +1202,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
         return (math.nan, 1.0) if what == "nan" else real(*args)
     monkeypatch.setattr(train_math, "gradients", gradients)
     line = stopped(train_math.main, arguments, capsys, status=1)
-    assert "step 4: loss nan, gradient norm 1.0; step 2 has a checkpoint" in line
+    assert "step 4: loss nan, gradient norm 1.0; the last checkpoint is of step 2" in line
     assert len(metrics(out)) == torch.load(out / "checkpoint.pt")["step"] == 2
     monkeypatch.setattr(folora, "decompose", None)
     assert "interrupted" in stopped(train_math.main, arguments, capsys)
