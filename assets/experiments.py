@@ -9,7 +9,7 @@ and gemma3-fresh take each method's undominated settings: those that no other se
 method beats in both NLL and KL. They run these with three other seeds, other test solutions and
 other held-out text. smollm2-long trains ten times as long. A suite writes assets/<suite>.json; an
 interrupted one goes on where it was. Each trained update is also scored after a scaling by 0.7,
-0.5 and 0.35. Runs share texts, covariances and bases on disk.
+0.5 and 0.35. Runs share texts, covariances and bases on disk. The figure needs matplotlib.
 """
 import argparse
 import copy
@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import math
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -136,9 +135,8 @@ def fronts(name):
 
 
 def wanted(name):
-    """Every run of a suite, each once: a setting with its seed."""
+    """Every run of a suite, a setting with its seed. Some are in two of its fronts and parts."""
     settings = [*itertools.chain(*fronts(name).values()), *PARTS.get(name, [])]
-    settings = [s for i, s in enumerate(settings) if s not in settings[:i]]
     seeds = (3, 4, 5) if name.endswith("-fresh") else (0,)
     return [setting | {"seed": seed} for seed in seeds for setting in settings]
 
@@ -201,8 +199,8 @@ def penalty(shared, model):
     for name, C in shared.C.items():
         W0, W = (m.get_submodule(name).weight.float() for m in (shared.model, model))
         energies = [((M @ C.to(M.device)) * M).sum() for M in (W - W0, W0)]     # tr(M C Mᵀ)
-        shares.append((energies[0] / energies[1]).item())
-    return statistics.mean(shares)
+        shares.append(energies[0] / energies[1])
+    return torch.stack(shares).mean().item()
 
 
 @torch.no_grad()
@@ -285,12 +283,14 @@ def read(name):
 
 
 def run_all(name, suite):
-    """Run what assets/<name>.json lacks, a line of it each. A run that diverges is left out."""
-    results, shared = read(name), load(suite, fresh="-" in name)
+    """Run what assets/<name>.json lacks. It has a line for each run, but those that diverge."""
+    results, settings = read(name), wanted(name)
+    shared = load(suite, fresh="-" in name)
     if "untouched" not in results:
         results["untouched"] = scores_of(shared, shared.model)
-    left = [w for w in wanted(name) if not any(w.items() <= row.items() for row in results["runs"])]
-    for setting in tqdm(left, desc=name):
+    for setting in tqdm(settings, desc=name):
+        if any(setting.items() <= row.items() for row in results["runs"]):
+            continue
         try:
             results["runs"].append(run(shared, suite, setting))
         except FloatingPointError as error:
