@@ -1598,14 +1598,16 @@ def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
 
 
 def test_the_report_and_what_is_fresh_from_the_undominated_settings(experiments, tmp_path, capsys):
-    """A second seed, which FoLoRA lacks, is worse by 0.1 in NLL and by 0.02 in KL."""
+    """Each further seed is worse by 0.1 in NLL and by 0.02 in KL. Not all settings have two."""
     pytest.importorskip("matplotlib", reason="pip install matplotlib for the figure")
     lora, part = experiments.METHODS["LoRA"], experiments.PARTS["smollm2"][0]
+    milora, folora = (experiments.METHODS[label][0] for label in ("MiLoRA", "FoLoRA"))
+    measured = [(lora[0], 2, 3.0, 0.1), (lora[1], 2, 2.5, 0.9), (lora[2], 2, 2.0, 0.3),
+                (lora[3], 3, 2.2, 0.3), (milora, 2, 2.5, 0.05), (folora, 1, 2.1, 0.8),
+                (part, 1, 1.5, 0.25)]
     runs, points = [], []
-    for setting, nll, kl in [*zip(lora, (3.0, 2.5, 2.0, 2.2), (0.1, 0.9, 0.3, 0.3)),
-                             (experiments.METHODS["MiLoRA"][0], 2.5, 0.05),
-                             (experiments.METHODS["FoLoRA"][0], 2.1, 0.8), (part, 1.5, 0.25)]:
-        for seed in range(1 if setting["method"] == "folora" else 2):
+    for setting, seeds, nll, kl in measured:
+        for seed in range(seeds):
             x, y = nll + seed / 10, seed / 50
             pairs = [(x, kl + y), (x + 1, kl / 4 + y)]
             scores = [{"nll": x, "drift": y, "penalty": x, "cka": 1 - y, "prose": y}
