@@ -306,6 +306,8 @@ def gpu(given, harness):
     kinds = {"lora": "--method lora", "lora-kl": "--method lora --kl 1",
              "folora-paper": "--preset paper", "folora": "--preset tuned"}
     outs, columns = [], {}
+    if harness:
+        ev.harness_tasks(harness)                      # a wrong name shows before the training
     for kind, flags in kinds.items():
         outs.append(str(CACHE / "gpu" / kind))
         command = ["--epochs", "1", *given, *flags.split(), "--out", outs[-1]]
