@@ -3,8 +3,6 @@
 Each of them is a LoRALinear of folora.py under Adam, with a start of its own. A start is a pair of
 factors A0 (r, d_in) and B0 (d_out, r). It is computed from the weight W (d_out, d_in), from the
 input covariance C (d_in, d_in) on pretraining text, and from the scaling κ of the update κ B A.
-
-    optimizer = baselines.add_adapters("corda", model, options, C_pre)
 """
 import functools
 
@@ -43,8 +41,7 @@ def lora_null(W, C, rank, kappa):
     return balanced(U, S, right @ U0.mT, kappa)
 
 
-# q, k and v share one C. The cache lets lora_null solve it once for all three.
-null_space = functools.lru_cache(maxsize=1)(folora.null_space)
+null_space = functools.lru_cache(maxsize=1)(folora.null_space)     # q, k and v share one C
 
 
 class Complement(torch.nn.Module):

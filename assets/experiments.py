@@ -1,6 +1,6 @@
 """The README's measurements. A run is a command line of train_math.py, or a baseline in its loop.
 
-    python assets/experiments.py smollm2 --model DIR --data TRAIN.jsonl --test TEST.jsonl
+    python assets/experiments.py smollm2 --model DIR --data TRAIN.jsonl --tasks nll=TEST.jsonl,drift
     python assets/experiments.py report                   # tables and a figure from the JSON files
     python assets/experiments.py gpu --model Qwen2.5-1.5B --harness ifeval,mmlu
 
@@ -9,26 +9,22 @@ and gemma3-fresh take each method's undominated settings: those that no other se
 method beats in both NLL and KL. They run these with three other seeds, other test solutions and
 other held-out text. smollm2-long trains ten times as long. A suite writes assets/<suite>.json; an
 interrupted one goes on where it was. Each trained update is also scored after a scaling by 0.7,
-0.5 and 0.35. Runs share texts, covariances and bases on disk.
+0.5 and 0.35. Runs share texts, covariances and bases on disk. The figure needs matplotlib.
 """
 import argparse
 import copy
-import fcntl
-import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import statistics
+import math
 import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy
+import pandas
 import torch
 from tqdm import tqdm
 
@@ -41,82 +37,124 @@ import folora  # noqa: E402
 import train_math  # noqa: E402
 
 CACHE = HERE.parent / "runs" / "experiments"
-QUESTIONS = {"nq_open": "Answer these questions:\n\nQ: {}?\nA:", "webqs": "Question: {}\nAnswer:"}
-# What the texts behind the covariances, and what the bases depend on.
-TEXTS = ("model", "data", "seed", "dtype", "calibration", "calibration_samples",
-         "calibration_max_tokens", "task_samples", "max_samples", "max_length")
-BASES = (*TEXTS, "rank", "tau", "basis_rank")
-REAL = ("--rank 32 --max-steps 40 --batch-size 8 --micro-batch-size 4 --calibration-samples 80 "
-        "--calibration-max-tokens 160 --task-samples 128 --dtype bfloat16 --log-every 1000 "
-        "--compare no --gradient-checkpointing 0 --eval-samples ")
-SUITES = {"tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 1000 --compare no "
-                  "--tasks gsm8k=tiny/test.jsonl,nll=tiny/test.jsonl,facts,sort,reverse,sums,drift",
-          "smollm2": REAL + "64", "smollm2-fresh": REAL + "250",
-          "smollm2-long": REAL.replace("steps 40", "steps 400") + "250",
-          "gemma3": REAL + "64", "gemma3-fresh": REAL + "250"}
-FRESH_TEST, FRESH_TEXT = slice(64, 192), dict(samples=32, seed=ev.HELD_OUT_SEED + 1)
 SCALES = (1.0, 0.7, 0.5, 0.35)
+# What the calibration texts and C_pre depend on, and what the bases depend on.
+TEXTS = ("model", "seed", "dtype", "calibration", "calibration_samples", "calibration_max_tokens")
+BASES = (*TEXTS, "data", "max_samples", "max_length", "task_samples", "rank", "tau", "basis_rank")
 
 
-# ---- changes to FoLoRA that no option of train_math.py makes: (optimizer, options) -> None -------
+# ---- what is run ---------------------------------------------------------------------------------
 
-def spectral(optimizer):
-    return [group for group in optimizer.param_groups if group["basis"] is not None]
-
-
-def frozen_A(optimizer, options):
-    """A stays at its start."""
-    for group in spectral(optimizer):
-        group["scale"] = 0.0
-
-
-def plain_A(optimizer, options):
-    """A is trained by plain Adam in its own coordinates."""
-    for group in spectral(optimizer):
-        group["basis"] = group["gate"] = None
+REAL = ("--rank 32 --batch-size 8 --micro-batch-size 4 --gradient-checkpointing 0 --dtype bfloat16 "
+        "--calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 --log-every 400 ")
+SMOLLM2, GEMMA3 = "--model SmolLM2-135M-Instruct " + REAL, "--model google/gemma-3-270m " + REAL
+SUITES = {"tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 160",
+          "smollm2": SMOLLM2 + "--max-steps 40 --eval-samples 64",
+          "smollm2-fresh": SMOLLM2 + "--max-steps 40 --eval-samples 250",
+          "smollm2-long": SMOLLM2 + "--max-steps 400 --eval-samples 250",
+          "gemma3": GEMMA3 + "--max-steps 40 --eval-samples 64",
+          "gemma3-fresh": GEMMA3 + "--max-steps 40 --eval-samples 250"}
+FRESH_TEST, FRESH_TEXT = slice(64, 192), dict(samples=32, seed=ev.HELD_OUT_SEED + 1)
 
 
-def slow_A(optimizer, options):
-    """A's learning rate is a third of B's."""
-    for group in optimizer.param_groups:
-        if group["params"][0].shape[0] == options.rank:
-            group["scale"] = 1 / 3
+def grid(*commands, change=None):
+    """The settings of commands in which | stands between alternatives: grid("lora --lr 1e-3|2e-3")
+    is [{"method": "lora", "flags": ["--lr", "1e-3"], "change": None}, and the same with 2e-3]."""
+    choices = [[word.split("|") for word in command.split()] for command in commands]
+    return [{"method": method, "flags": flags, "change": change}
+            for words in choices for method, *flags in itertools.product(*words)]
 
 
-def one_lr(optimizer, options):
-    """A and B have the same learning rate, as in the paper, also from B = 0."""
-    for group in optimizer.param_groups:
-        group["scale"] = 1.0
+# The fronts, {label: settings}: learning rates of methods that have no other knob, on SmolLM2 and
+# Gemma and on tiny, and then all settings of each suite.
+RATES = {
+    "LoRA": ("lora", "3e-4|5e-4|1e-3|2e-3|4e-3", "1e-3|2e-3|4e-3|8e-3"),
+    "MiLoRA": ("milora", "1e-4|3e-4|5e-4|1e-3", "1e-3|2e-3|4e-3|8e-3"),
+    "CorDA": ("corda", "1e-4|2e-4|3e-4|1e-3", "1e-3|2e-3|4e-3|8e-3"),
+    "OPLoRA": ("oplora", "3e-4|1e-3|2e-3|4e-3", "2e-3|4e-3|8e-3|1.6e-2"),
+    "LoRA-Null": ("lora-null", "1e-4|2e-4|3e-4|1e-3", "1e-3|2e-3|4e-3|8e-3"),
+    "LoRA-Null v2": ("lora-null-v2", "1e-3|3e-3|6e-3|1.2e-2", "4e-3|8e-3|1.6e-2|3.2e-2"),
+    "FoLoRA, the paper's": ("folora --preset paper", "1e-4|3e-4|6e-4|1e-3",
+                            "2e-3|4e-3|8e-3|1.6e-2")}
+METHODS = {label: grid(f"{command} --lr {rates}") for label, (command, rates, _) in RATES.items()}
+METHODS |= {
+    "LoRA, rank 8": grid("lora --rank 8 --lr 5e-4|1e-3|2e-3|4e-3"),
+    "LoRA, MLP alone": grid("lora --target-modules gate_proj,up_proj,down_proj "
+                            "--lr 5e-4|1e-3|2e-3|4e-3"),
+    "LoRA + replay": grid("lora --lr 1e-3|2e-3|4e-3 --kl 0.3|1|3", change="replay"),
+    "LoRA + KL": grid("lora --lr 1e-3|2e-3|4e-3 --kl 0.3|1|3|10|30",
+                      "lora --lr 2e-3 --kl 1|3 --kl-texts 2|8"),
+    "FoLoRA": grid("folora --basis-rank 32|64|128|256 --lam 1 --lr 3e-3",
+                   "folora --basis-rank 128 --lam 1 --lr 1.5e-3|6e-3|1.2e-2"),
+    "FoLoRA + KL": grid("folora --basis-rank 128|256|0 --lam 1 --lr 3e-3 --kl 1|3|10",
+                        "folora --basis-rank 256 --lam 1 --lr 6e-3 --kl 1|3|10")}
+TINY = {label: grid(f"{command} --lr {rates}") for label, (command, _, rates) in RATES.items()}
+TINY |= {
+    "LoRA + KL": grid("lora --lr 2e-3|4e-3 --kl 0.3|1|3|10"),
+    "FoLoRA": grid("folora --basis-rank 128 --lam 1 --lr 1.5e-3|3e-3|6e-3|1.2e-2|2.4e-2"),
+    "FoLoRA + KL": grid("folora --basis-rank 128 --lam 1 --lr 1.2e-2|2.4e-2 --kl 0.3|1|3|10")}
+LONG = {
+    "LoRA": grid("lora --lr 5e-4|1e-3"),
+    "LoRA + KL": grid("lora --lr 5e-4|1e-3 --kl 1|3"),
+    "A frozen": grid("folora --basis-rank 128 --lam 1 --lr 1e-3|3e-3", change="A frozen"),
+    "FoLoRA": grid("folora --basis-rank 64|128 --lam 1 --lr 1.5e-3|3e-3"),
+    "FoLoRA + KL": grid("folora --basis-rank 128|256 --lam 1 --lr 3e-3 --kl 1|3")}
+# Settings outside the fronts, which answer a question each.
+OURS, ZERO = "folora --basis-rank 128 --lam 1", "folora --preset paper --zero-start 1"
+PARTS = {
+    "tiny":
+        grid("folora --basis-rank 64 --lam 1 --lr 1.2e-2",
+             "folora --basis-rank 128 --lam 10 --lr 1.2e-2", f"{OURS} --lr 1.2e-2 --zero-start 0"),
+    "smollm2":
+        grid(f"{ZERO} --lam 1|3|10|30 --s-min 0 --lr 3e-3", f"{ZERO} --lr 3e-3", change="one lr")
+        + grid(f"{ZERO} --lam 30 --s-min 1 --lr 3e-3", change="one lr, A slow")
+        + grid(f"{ZERO} --lam 30 --s-min 0 --lr 3e-3", change="one lr, A slow, plain Adam")
+        + grid(f"{ZERO} --lam 30 --s-min 0 --lr 3e-3", change="one lr, A frozen")
+        + grid("folora --preset paper --lam 30 --s-min 0 --lr 3e-3",
+               "folora --basis-rank 256 --lam 3 --lr 3e-3",
+               "folora --basis-rank 256 --lam 1 --lr 1.5e-3|6e-3",
+               f"{OURS} --lr 3e-3 --s-min 0.3", f"{OURS} --lr 3e-3 --calibration-samples 10|20",
+               f"{OURS} --lr 3e-3 --task-samples 16"),
+    "smollm2-fresh":
+        grid("folora --basis-rank 16|32|64|128|256 --lam 1|3|30 --lr 3e-3",
+             "folora --basis-rank 64 --lam 1 --lr 3e-3 --s-min 0.3",
+             f"{OURS} --lr 3e-3 --calibration-samples 10|20|40|160",
+             f"{OURS} --lr 3e-3 --task-samples 8|16|32|64")
+        + grid(f"{ZERO} --lam 1|3|30 --s-min 0 --lr 3e-3", change="one lr")}
 
 
-CHANGES = {"A frozen": frozen_A, "plain Adam": plain_A, "A slow": slow_A, "one lr": one_lr}
+def fronts(name):
+    """{label: settings} of a suite's fronts. A fresh suite's are undominated in the search."""
+    if not name.endswith("-fresh"):
+        return {"tiny": TINY, "smollm2-long": LONG}.get(name, METHODS)
+    search = name.removesuffix("-fresh")
+    ev.need(read(search)["runs"], f"{name} takes its settings from {search}: run that first")
+    kept = undominated(measured(search).query("scale == 1")).index
+    return {label: [setting for setting in some if (label, described(setting), 1.0) in kept]
+            for label, some in METHODS.items()}
+
+
+def wanted(name):
+    """Every run of a suite, a setting with its seed. Some are in two of its fronts and parts."""
+    settings = [*itertools.chain(*fronts(name).values()), *PARTS.get(name, [])]
+    seeds = (3, 4, 5) if name.endswith("-fresh") else (0,)
+    return [setting | {"seed": seed} for seed in seeds for setting in settings]
 
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-def options_of(suite, flags, seed, method="folora"):
-    base = [] if method == "folora" else ["--method", "lora"]
-    options = train_math.parse_options([*suite, *base, *flags, "--seed", str(seed)])
+def options_of(suite, method, flags, seed):
+    """train_math.py's options of a run. A baseline has LoRA's."""
+    method = "folora" if method == "folora" else "lora"
+    options = train_math.parse_options([*suite, "--method", method, *flags, "--seed", str(seed)])
     train_math.resolve(options)
     return options
 
 
-@functools.lru_cache(maxsize=1)
-def loaded(suite, fresh):
-    """What all runs of a suite share."""
-    options = options_of(suite, [], 0)
-    model, tokenizer, examples, tasks = train_math.load(options)
-    if fresh:
-        tasks["nll"] = tasks["nll"][FRESH_TEST]
-    answers = {name: [with_answer(tokenizer, form, *pair) for pair in tasks.pop(name)]
-               for name, form in QUESTIONS.items() if name in tasks}
-    length, more = min(256, options.calibration_max_tokens), FRESH_TEXT if fresh else {}
-    texts = cached(options, TEXTS, "fresh text" if fresh else "held-out text",
-                   lambda: ev.held_out(model, tokenizer, length, **more))
-    batches = [{"input_ids": text[None], "use_cache": False} for text in texts]
-    return SimpleNamespace(model=model, tokenizer=tokenizer, examples=examples, tasks=tasks,
-                           texts=texts, answers=answers,
-                           C=folora.collect_covariances(model, batches))
+def cached(kind, options, names, make):
+    """make()'s value, kept on disk under the options that it depends on."""
+    key = json.dumps([kind, *(getattr(options, name) for name in names)])
+    return train_math.once(CACHE / f"{hashlib.sha1(key.encode()).hexdigest()}.pt", make)
 
 
 def with_answer(tokenizer, form, question, answers):
@@ -125,6 +163,22 @@ def with_answer(tokenizer, form, question, answers):
     question = form.format(question)
     prompt, ids = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answers[0]}"))
     return {"ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
+
+
+def load(suite, fresh):
+    """What all runs of a suite share. C holds the covariances of the held-out texts."""
+    options = options_of(suite, "folora", [], 0)
+    model, tokenizer, examples, tasks = train_math.load(options)
+    if fresh:
+        tasks["nll"] = tasks["nll"][FRESH_TEST]
+    answers = {name: [with_answer(tokenizer, ev.TASKS[name][1], *pair) for pair in tasks.pop(name)]
+               for name in ("nq_open", "webqs") if name in tasks}
+    length, more = min(256, options.calibration_max_tokens), FRESH_TEXT if fresh else {}
+    texts = cached("fresh text" if fresh else "held-out text", options, TEXTS,
+                   lambda: ev.held_out(model, tokenizer, length, **more))
+    C = train_math.covariances(options, model, [text.tolist() for text in texts], "held-out text")
+    return SimpleNamespace(model=model, tokenizer=tokenizer, examples=examples, tasks=tasks,
+                           answers=answers, texts=texts, C=C)
 
 
 @torch.inference_mode()
@@ -145,8 +199,8 @@ def penalty(shared, model):
     for name, C in shared.C.items():
         W0, W = (m.get_submodule(name).weight.float() for m in (shared.model, model))
         energies = [((M @ C.to(M.device)) * M).sum() for M in (W - W0, W0)]     # tr(M C Mᵀ)
-        shares.append((energies[0] / energies[1]).item())
-    return statistics.mean(shares)
+        shares.append(energies[0] / energies[1])
+    return torch.stack(shares).mean().item()
 
 
 @torch.no_grad()
@@ -171,79 +225,56 @@ def scores_of(shared, model, whole=True):
     return {name: float(f"{score:.5g}") for name, score in scores.items()}
 
 
-def cached(options, names, kind, make):
-    """make()'s value, kept on disk under the options that it depends on. Other processes wait."""
-    key = json.dumps([kind, *(getattr(options, name) for name in names)])
-    path = CACHE / f"{kind}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.pt"
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            train_math.save(make(), path)
-    return torch.load(path)
-
-
-def texts_of(shared, options):
-    """The calibration texts."""
-    make = lambda: train_math.calibration_texts(options, shared.model, shared.tokenizer)
-    return cached(options, TEXTS, "texts", make)
-
-
-def covariances(shared, options):
-    """(C_pre, C_task)"""
-    def make():
-        texts = texts_of(shared, options)
-        task = [example["ids"] for example in shared.examples[:options.task_samples]]
-        return [train_math.covariances(options, shared.model, some, name)
-                for name, some in (("C_pre", texts), ("C_task", task))]
-    return cached(options, TEXTS, "covariances", make)
-
-
-def bases(shared, options):
-    make = lambda: folora.decompose(*covariances(shared, options), options.rank, options.tau,
-                                    options.basis_rank or None)
-    return cached(options, BASES, "bases", make)
+def change_optimizer(optimizer, change):
+    """What `change` says and no option of train_math.py does. "one lr": A and B have the same
+    learning rate, as in the paper, also from B = 0. "A slow": A's is a third of B's. "A frozen": A
+    stays at its start. "plain Adam": A is trained by plain Adam in its own coordinates."""
+    for group in optimizer.param_groups:
+        is_A = group.get("basis") is not None
+        if "one lr" in change:
+            group["scale"] = 1.0
+        if is_A and "A slow" in change:
+            group["scale"] = 1 / 3
+        if is_A and "A frozen" in change:
+            group["scale"] = 0.0
+        if is_A and "plain Adam" in change:
+            group["basis"] = group["gate"] = None
 
 
 def trained(shared, options, method, change):
-    """One training run: (the merged model in float32, seconds a step)."""
-    model = copy.deepcopy(shared.model)
+    """One training run: the merged model, in float32."""
+    model, base = copy.deepcopy(shared.model), shared.model
+    texts = cached("texts", options, TEXTS,
+                   lambda: train_math.calibration_texts(options, base, shared.tokenizer))
+    bases = C_pre = None
+    if method == "folora":
+        bases = cached("bases", options, BASES,
+                       lambda: train_math.solve(options, base, texts, shared.examples))
+    if method in baselines.NEEDS_C_PRE:
+        C_pre = cached("C_pre", options, TEXTS,
+                       lambda: train_math.covariances(options, base, texts, "C_pre"))
+    torch.manual_seed(options.seed)
     if method in baselines.STARTS:
-        C_pre = covariances(shared, options)[0] if method in baselines.NEEDS_C_PRE else None
-        torch.manual_seed(options.seed)
         optimizer = baselines.add_adapters(method, model, options, C_pre)
     else:
-        solved = bases(shared, options) if method == "folora" else None
-        torch.manual_seed(options.seed)
-        optimizer = train_math.add_adapters(options, model, solved)
-    for name in (change or "").split(", "):
-        if name in CHANGES:
-            CHANGES[name](optimizer, options)
-    texts = texts_of(shared, options) if options.kl else ()
+        optimizer = train_math.add_adapters(options, model, bases)
+    change_optimizer(optimizer, change or "")
     # Replay takes the place of the KL penalty in the loop: a loss on old texts, with a weight.
     loss = baselines.replay if change == "replay" else train_math.kl_from_untouched
-    start, probe = time.time(), lambda model: None
     with tempfile.TemporaryDirectory() as out, \
             mock.patch.object(train_math, "kl_from_untouched", loss):
-        train_math.train(options, model, optimizer, shared.examples, probe, Path(out), texts)
-    return folora.merge(model.float()), (time.time() - start) / (options.max_steps or 1)
+        train_math.train(options, model, optimizer, shared.examples, lambda model: None, Path(out),
+                         texts)
+    return folora.merge(model.float())
 
 
-def run(suite, fresh, method, flags, change, seed):
+def run(shared, suite, setting):
     """One training run and its scores, as a row of the JSON."""
-    shared, options = loaded(suite, fresh), options_of(suite, flags, seed, method)
-    exact, seconds = trained(shared, options, method, change)
+    method, flags, change, seed = setting.values()
+    options = options_of(suite, method, flags, seed)
+    exact = trained(shared, options, method, change)
     scores = {str(s): scores_of(shared, scaled(shared, exact, s), s == 1.0) for s in SCALES}
-    return {"method": method, "flags": list(flags), "change": change, "seed": seed,
-            "seconds_a_step": round(seconds, 2), "scores": scores.pop("1.0"), "scaled": scores}
-
-
-def untouched(suite, fresh):
-    shared = loaded(suite, fresh)
-    return scores_of(shared, shared.model)
-
-
-def key(row):
-    return json.dumps([row[name] for name in ("method", "flags", "change", "seed")])
+    return setting | {"scores": scores.pop("1.0"), "scaled": scores}
 
 
 def read(name):
@@ -251,303 +282,199 @@ def read(name):
     return json.loads(path.read_text()) if path.exists() else {"runs": []}
 
 
-def write(results, name):
-    """JSON with one line a run, replaced as a whole."""
-    part = HERE / f"{name}.part"
-    part.write_text(json.dumps(results, ensure_ascii=False).replace('{"method"', '\n{"method"'))
-    part.replace(HERE / f"{name}.json")
+def run_all(name, suite):
+    """Run what assets/<name>.json lacks. It has a line for each run, but those that diverge."""
+    results, settings = read(name), wanted(name)
+    shared = load(suite, fresh="-" in name)
+    if "untouched" not in results:
+        results["untouched"] = scores_of(shared, shared.model)
+    for setting in tqdm(settings, desc=name):
+        if any(setting.items() <= row.items() for row in results["runs"]):
+            continue
+        try:
+            results["runs"].append(run(shared, suite, setting))
+        except FloatingPointError as error:
+            tqdm.write(f"{setting}: {error}")
+        part = HERE / f"{name}.part"                   # the file is replaced as a whole
+        part.write_text(json.dumps(results).replace('{"method"', '\n{"method"'))
+        part.replace(HERE / f"{name}.json")
 
 
-def run_all(name, suite, wanted, workers):
-    """Run what assets/<name>.json lacks of `wanted`, [(method, flags, change, seed)]."""
-    results, fresh, failed = read(name), "-" in name, None
-    done = {key(row) for row in results["runs"]}
-    wanted = [w for w in wanted if json.dumps(w) not in done]
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
-        if "untouched" not in results:
-            results["untouched"] = pool.submit(untouched, suite, fresh).result()
-        futures = [pool.submit(run, suite, fresh, *w) for w in wanted]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name):
-            failed = future.exception() or failed
-            results["runs"] += [] if future.exception() else [future.result()]
-            write(results, name)
-    if failed:                                             # only now: what the others found is kept
-        raise failed
-
-
-def gpu(options):
-    """A larger model, one epoch, by the scripts alone: LoRA, LoRA + KL, FoLoRA as the paper's and
-    as ours. It prints and keeps what eval.py prints."""
-    kinds = {"lora": ["--method", "lora"], "lora-kl": ["--method", "lora", "--kl", "1"],
-             "paper": ["--preset", "paper"], "folora": []}
-    outs = [str(CACHE / "gpu" / kind) for kind in kinds]
-    given = ["--epochs", "1", "--compare", "no", "--data", options.data, *options.more]
-    for out, flags in zip(outs, kinds.values()):
-        train_math.main(["--model", options.model, "--out", out, *given, *flags])
-    harness = ["--harness", options.harness] if options.harness else []
-    ev.main([options.model, *outs, *harness])
-
-
-# ---- what is run ---------------------------------------------------------------------------------
-
-def grid(method, change=None, **swept):
-    """[(method, flags, change)] of all combinations: grid("lora", lr="1e-3 2e-3", kl="1")."""
-    flags = [f"--{name.replace('_', '-')}" for name in swept]
-    return [(method, [part for pair in zip(flags, values) for part in pair], change)
-            for values in itertools.product(*(texts.split() for texts in swept.values()))]
-
-
-MLP = "gate_proj,up_proj,down_proj"
-METHODS = {                       # {label: settings of the searches on SmolLM2 and Gemma}
-    "LoRA": grid("lora", lr="3e-4 5e-4 1e-3 2e-3 4e-3"),
-    "LoRA, rank 8": grid("lora", rank="8", lr="5e-4 1e-3 2e-3 4e-3"),
-    "LoRA, MLP alone": grid("lora", target_modules=MLP, lr="5e-4 1e-3 2e-3 4e-3"),
-    "LoRA + replay": grid("lora", "replay", lr="1e-3 2e-3 4e-3", kl="0.3 1 3"),
-    "LoRA + KL": grid("lora", lr="1e-3 2e-3 4e-3", kl="0.3 1 3 10 30")
-    + grid("lora", lr="2e-3", kl="1 3", kl_texts="2 8"),
-    "MiLoRA": grid("milora", lr="1e-4 3e-4 5e-4 1e-3"),
-    "CorDA": grid("corda", lr="1e-4 2e-4 3e-4 1e-3"),
-    "OPLoRA": grid("oplora", lr="3e-4 1e-3 2e-3 4e-3"),
-    "LoRA-Null": grid("lora-null", lr="1e-4 2e-4 3e-4 1e-3"),
-    "LoRA-Null v2": grid("lora-null-v2", lr="1e-3 3e-3 6e-3 1.2e-2"),
-    "FoLoRA, the paper's": grid("folora", preset="paper", lr="1e-4 3e-4 6e-4 1e-3"),
-    "FoLoRA": grid("folora", basis_rank="32 64 128 256", lam="1", lr="3e-3")
-    + grid("folora", basis_rank="128", lam="1", lr="1.5e-3 6e-3 1.2e-2"),
-    "FoLoRA + KL": grid("folora", basis_rank="128 256 0", lam="1", lr="3e-3", kl="1 3 10")
-    + grid("folora", basis_rank="256", lam="1", lr="6e-3", kl="1 3 10")}
-TINY = {
-    "LoRA": grid("lora", lr="1e-3 2e-3 4e-3 8e-3"),
-    "LoRA + KL": grid("lora", lr="2e-3 4e-3", kl="0.3 1 3 10"),
-    "MiLoRA": grid("milora", lr="1e-3 2e-3 4e-3 8e-3"),
-    "CorDA": grid("corda", lr="1e-3 2e-3 4e-3 8e-3"),
-    "OPLoRA": grid("oplora", lr="2e-3 4e-3 8e-3 1.6e-2"),
-    "LoRA-Null": grid("lora-null", lr="1e-3 2e-3 4e-3 8e-3"),
-    "LoRA-Null v2": grid("lora-null-v2", lr="4e-3 8e-3 1.6e-2 3.2e-2"),
-    "FoLoRA, the paper's": grid("folora", preset="paper", lr="2e-3 4e-3 8e-3 1.6e-2"),
-    "FoLoRA": grid("folora", basis_rank="128", lam="1", lr="1.5e-3 3e-3 6e-3 1.2e-2 2.4e-2"),
-    "FoLoRA + KL": grid("folora", basis_rank="128", lam="1", lr="1.2e-2 2.4e-2", kl="0.3 1 3 10")}
-LONG = {
-    "LoRA": grid("lora", lr="5e-4 1e-3"),
-    "LoRA + KL": grid("lora", lr="5e-4 1e-3", kl="1 3"),
-    "A frozen": grid("folora", "A frozen", basis_rank="128", lam="1", lr="1e-3 3e-3"),
-    "FoLoRA": grid("folora", basis_rank="64 128", lam="1", lr="1.5e-3 3e-3"),
-    "FoLoRA + KL": grid("folora", basis_rank="128 256", lam="1", lr="3e-3", kl="1 3")}
-# Settings outside the fronts, which answer a question each.
-ONE_LR, OURS = dict(preset="paper", zero_start="1"), dict(lam="1", lr="3e-3")
-PARTS = {
-    "tiny": grid("folora", basis_rank="64", lam="1", lr="1.2e-2")
-    + grid("folora", basis_rank="128", lam="10", lr="1.2e-2")
-    + grid("folora", basis_rank="128", lam="1", lr="1.2e-2", zero_start="0"),
-    "smollm2": grid("folora", "one lr", **ONE_LR, lam="1 3 10 30", s_min="0", lr="3e-3")
-    + grid("folora", "one lr", **ONE_LR, lr="3e-3")
-    + grid("folora", "one lr, A slow", **ONE_LR, lam="30", s_min="1", lr="3e-3")
-    + grid("folora", "one lr, A slow, plain Adam", **ONE_LR, lam="30", s_min="0", lr="3e-3")
-    + grid("folora", "one lr, A frozen", **ONE_LR, lam="30", s_min="0", lr="3e-3")
-    + grid("folora", preset="paper", lam="30", s_min="0", lr="3e-3")
-    + grid("folora", basis_rank="256", lam="3", lr="3e-3")
-    + grid("folora", basis_rank="256", lam="1", lr="1.5e-3 6e-3")
-    + grid("folora", basis_rank="128", **OURS, s_min="0.3")
-    + grid("folora", basis_rank="128", **OURS, calibration_samples="10 20")
-    + grid("folora", basis_rank="128", **OURS, task_samples="16"),
-    "smollm2-fresh": grid("folora", basis_rank="16 32 64 128 256", lam="1 3 30", lr="3e-3")
-    + grid("folora", "one lr", **ONE_LR, lam="1 3 30", s_min="0", lr="3e-3")
-    + grid("folora", basis_rank="64", **OURS, s_min="0.3")
-    + grid("folora", basis_rank="128", **OURS, calibration_samples="10 20 40 160")
-    + grid("folora", basis_rank="128", **OURS, task_samples="8 16 32 64")}
-
-
-def settings(name):
-    """{label: [(method, flags, change)]} of a suite's fronts."""
-    if name.endswith("-fresh"):
-        return {label: [p["setting"] for p in undominated([p for p in some if p["scale"] == 1.0])]
-                for label, some in fronts(name.removesuffix("-fresh")).items()}
-    return {"tiny": TINY, "smollm2-long": LONG}.get(name, METHODS)
-
-
-def wanted(name):
-    """Every run of a suite, each once."""
-    seeds = (3, 4, 5) if name.endswith("-fresh") else (0,)
-    every = [*itertools.chain(*settings(name).values()), *PARTS.get(name, [])]
-    runs = [(method, list(flags), change, seed) for seed in seeds for method, flags, change in every]
-    return list({json.dumps(one): one for one in runs}.values())
+def gpu(given, harness):
+    """Train a larger model for one epoch by LoRA, LoRA + KL and FoLoRA as the paper's and as ours.
+    `given` are options of train_math.py. Prints one table, and another of lm-eval's scores."""
+    kinds = {"lora": "--method lora", "lora-kl": "--method lora --kl 1",
+             "folora-paper": "--preset paper", "folora": "--preset tuned"}
+    outs, columns = [], {}
+    if harness:
+        ev.harness_tasks(harness)                      # a wrong name shows before the training
+    for kind, flags in kinds.items():
+        outs.append(str(CACHE / "gpu" / kind))
+        command = ["--epochs", "1", *given, *flags.split(), "--out", outs[-1]]
+        options = train_math.parse_options(command)
+        train_math.resolve(options)
+        scores = train_math.run(options, columns.get("untouched"))
+        columns["untouched"], columns[kind] = scores.values()
+    print(ev.table(columns))
+    if harness:
+        ev.main([options.model, *outs, "--tasks", "", "--harness", harness])
 
 
 # ---- tables and figures --------------------------------------------------------------------------
 
-def points(results, setting):
-    """One setting at each scale: [{"setting", "scale", "scores": {name: {seed: score}}}]. A setting
-    that has not been run has none."""
-    method, flags, change = setting
-    rows = [row for row in results["runs"]
-            if (row["method"], row["flags"], row["change"]) == (method, list(flags), change)]
-    found = []
-    for scale in map(str, SCALES):
-        some = {row["seed"]: {"1.0": row["scores"], **row.get("scaled", {})} for row in rows}
-        some = {seed: scores[scale] for seed, scores in some.items() if scale in scores}
-        names = list(next(iter(some.values()), ()))
-        found.append({"setting": (method, flags, change), "scale": float(scale), "scores": {
-            name: {seed: scores[name] for seed, scores in some.items()} for name in names}})
-    return [p for p in found if p["scores"]]
+KEYS = ["method", "setting", "scale"]
+COLORS = {"FoLoRA": "C3", "FoLoRA + KL": "C0", "LoRA + KL": "black"}      # all others are grey
 
 
-def fronts(name):
-    """{label: points of all its settings}, as far as they have been run."""
-    results = read(name)
-    found = {label: [p for setting in some for p in points(results, setting)]
-             for label, some in settings(name).items()}
-    return {label: some for label, some in found.items() if some}
+def described(setting):
+    """The text that stands for a setting in the tables."""
+    return " ".join([*setting["flags"], setting["change"] or ""]).replace("--", "").strip()
 
 
-def at(point, name="nll", seed=None):
-    """A point's score: of one seed, or the mean over all."""
-    values = point["scores"][name]
-    return statistics.mean(values.values()) if seed is None else values[seed]
+def measured(name):
+    """A suite's runs, with a row for each setting, scale and seed: KEYS, seed, and the scores. The
+    method is the label of a front, or "" outside the fronts."""
+    rows, labels = [], {**fronts(name), "": PARTS.get(name, [])}
+    settings = [(label, setting) for label, some in labels.items() for setting in some]
+    for (label, setting), run in itertools.product(settings, read(name)["runs"]):
+        if setting.items() <= run.items():
+            start = {"method": label, "setting": described(setting), "seed": run["seed"]}
+            scales = {"1.0": run["scores"], **run.get("scaled", {})}
+            rows += [{**start, "scale": float(scale), **scores} for scale, scores in scales.items()]
+    return pandas.DataFrame(rows)
 
 
-def undominated(some, seed=None):
-    """The points that no other one beats in both NLL and KL, by descending NLL."""
-    pairs = [(at(p, "nll", seed), at(p, "drift", seed)) for p in some]
-    kept = [p for p, (x, y) in zip(some, pairs) if not any(
-        u <= x and v <= y and (u, v) != (x, y) for u, v in pairs)]
-    return sorted(kept, key=lambda p: -at(p, "nll", seed))
-
-
-def kl_at(some, nll, seed=None):
-    """The KL of a front at this NLL, on straight lines between its undominated points. Above that
-    range it is the first point's; None if the front never learns so much."""
-    line = [(at(p, "nll", seed), at(p, "drift", seed)) for p in undominated(some, seed)]
-    if nll >= line[0][0]:
-        return line[0][1]
-    for (x0, y0), (x1, y1) in zip(line, line[1:]):
-        if x1 <= nll <= x0:
-            return y0 + (y1 - y0) * (x0 - nll) / (x0 - x1)
-    return None
+def undominated(data):
+    """NLL and KL (drift), as means over the seeds, of the points (KEYS) on the fronts: those that
+    no other one of their method beats in both. By ascending NLL."""
+    means = data[data.method != ""].groupby(KEYS)[["nll", "drift"]].mean()
+    means = means.sort_values(["nll", "drift"])
+    before = lambda kl: kl.cummin().shift(fill_value=math.inf)     # the least KL at a lower NLL
+    return means[means.drift < means.groupby("method").drift.transform(before)]
 
 
 def shown(values):
-    """Mean and standard deviation over the seeds."""
-    if not values or None in values:
+    """Mean and standard deviation over the seeds, or "-" if one is missing."""
+    values = pandas.Series(values)
+    if values.empty or values.hasnans:
         return "-"
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    mean = values.mean()
     digits = 1 if mean > 3 else 3 if mean > 0.1 else 4
-    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
-def print_equal_nll(name, excesses=(0.03, 0.01, 0.005, 0.0)):
-    """Each method's KL where its NLL is LoRA's lowest of the same seed, plus an excess."""
-    found = fronts(name)
-    seeds = sorted(set.intersection(*(set(p["scores"]["nll"]) for p in found["LoRA"])))
-    lowest = {seed: min(at(p, "nll", seed) for p in found["LoRA"]) for seed in seeds}
-    print(f"\n{name}: KL at LoRA's lowest NLL, {shown(list(lowest.values()))}, plus\n\n| method | "
-          + " | ".join(map(str, excesses)) + " |\n" + "|---" * (len(excesses) + 1) + "|")
-    for label, some in found.items():
-        some = [p for p in some if set(p["scores"]["nll"]) >= set(seeds)]
-        cells = [shown([kl_at(some, lowest[seed] + excess, seed) for seed in seeds if some])
-                 for excess in excesses]
-        print(f"| {label} | " + " | ".join(cells) + " |")
+def print_table(title, header, rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    print(f"\n{title}\n", lines[0], "|---" * len(header) + "|", *lines[1:], sep="\n")
 
 
-def print_settings(name):
+def print_equal_nll(name, data, excesses=(0.03, 0.01, 0.005, 0.0)):
+    """Each method's KL where its NLL is LoRA's lowest of the same seed plus an excess, on straight
+    lines between undominated points, or at the last point if all have a lower NLL. The seeds are
+    those of all LoRA's settings, and the settings those that were run with all these seeds."""
+    lora = data[data.method == "LoRA"].pivot(index=KEYS, columns="seed", values="nll")
+    lowest, rows = lora.dropna(axis="columns").min(), []
+    data = data[data.method.ne("") & data.seed.isin(lowest.index)]
+    data = data.groupby(KEYS).filter(lambda some: len(some) == len(lowest))
+    for method, some in data.groupby("method", sort=False):
+        kls = []
+        for seed, one in some.groupby("seed"):
+            line, wanted = undominated(one), lowest[seed] + numpy.array(excesses)
+            kls.append(numpy.interp(wanted, line.nll, line.drift, left=math.nan))
+        rows.append([method, *map(shown, zip(*kls))])
+    title = f"{name}: KL at LoRA's lowest NLL, {shown(lowest)}, plus"
+    print_table(title, ["method", *excesses], rows)
+
+
+def print_settings(name, data):
     """The undominated points of every front, and the settings outside the fronts."""
-    results, names = read(name), list(read(name)["untouched"])
-    names = [n for n in names if n not in ("Avg2", "GM")]
-    print(f"\n{name}: NLL and KL (drift) in nat per token\n\n| method | setting | scale | "
-          + " | ".join(names) + " |\n" + "|---" * (len(names) + 3) + "|")
-    rows = [(label, p) for label, some in fronts(name).items() for p in undominated(some)]
-    rows += [("", p) for setting in PARTS.get(name, []) for p in points(results, setting)[:1]]
-    for label, p in rows:
-        flags = " ".join(p["setting"][1]).replace("--", "")
-        cells = [shown(list(p["scores"].get(n, {}).values())) for n in names]
-        print(f"| {label} | {flags} {p['setting'][2] or ''} | {p['scale']:g} | "
-              + " | ".join(cells) + " |")
+    untouched = read(name)["untouched"]
+    names = [n for n in untouched if n in data and n not in ("Avg2", "GM")]
+    cells = data.groupby(KEYS, sort=False)[names].agg(shown)
+    kept = undominated(data).index
+    rows = [["untouched", "", "", *(shown([untouched[n]]) for n in names)]]
+    rows += [[*key, *row] for key, row in zip(cells.index, cells.values)
+             if key in kept or (key[0], key[2]) == ("", 1.0)]
+    print_table(f"{name}: NLL and KL (drift) in nat per token", [*KEYS, *names], rows)
 
 
-def print_correlations(name):
+def print_correlations(name, data):
     """Spearman's rank correlation of each measure of drift with what was lost."""
-    from scipy.stats import spearmanr
-    rows = [scores for row in read(name)["runs"] if "scaled" in row
-            for scores in (row["scores"], *row["scaled"].values())]
+    measures, data = ["drift", "penalty", "cka"], data.drop_duplicates(["setting", "scale", "seed"])
     for lost in ("prose", "Avg1"):
-        some = [scores for scores in rows if lost in scores]
-        for measure in ("drift", "penalty", "cka") if len(some) > 9 else ():
-            rho = spearmanr([s[measure] for s in some], [s[lost] for s in some])[0]
-            print(f"{name}, {len(some)} points, rank correlation of {measure} and {lost}: "
-                  f"{rho:.2f}")
+        some = data.reindex(columns=[*measures, lost]).dropna()
+        if len(some) > 9:
+            rho = some.corr("spearman")[lost][measures].round(2).to_dict()
+            print(f"\n{name}, {len(some)} points, rank correlation with {lost}: {rho}")
 
 
-def draw(suites):
+def label_lines(axis, lines, gap=0.065):
+    """Write each label beside the panel, at the height of its line's lowest NLL as far as there is
+    room, and connect the two."""
+    ends = sorted((line.drift.iloc[0], line.nll.iloc[0], label) for label, line in lines.items())
+    low, high = map(math.log, axis.get_ylim())
+    height = -math.inf
+    for i, (kl, nll, label) in enumerate(ends, 1):
+        own = (math.log(kl) - low) / (high - low)
+        height = min(max(own, height + gap), 1 - gap * (len(ends) - i))
+        connector = {"arrowstyle": "-", "linewidth": 0.3, "relpos": (0, 0.5)}
+        axis.annotate(label, (nll, kl), (1.08, height), textcoords="axes fraction", va="center",
+                      color=COLORS.get(label, "0.5"), arrowprops=connector)
+
+
+def draw(panels):
     """assets/tradeoff.png: KL against NLL, a panel a model, a line a method."""
     from matplotlib import pyplot
-    colors = {"FoLoRA": "C3", "FoLoRA + KL": "C0", "LoRA + KL": "black"}
-    figure, axes = pyplot.subplots(1, len(suites), figsize=(5 * len(suites), 4), squeeze=False,
+    pyplot.rc("font", size=12)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False,
                                    layout="constrained", sharey=True)
-    axes[0][0].set_ylabel("KL from the untouched model, nat/token")
-    for axis, (name, title) in zip(axes[0], suites.items()):
-        for label, some in fronts(name).items():
-            color, width = colors.get(label, "0.6"), 2.5 if label in colors else 1
-            x, y = zip(*((at(p), at(p, "drift")) for p in undominated(some)))
-            axis.plot(x, y, "o-", color=color, linewidth=width, markersize=2 + width)
-            axis.annotate(label, (x[-1], y[-1]), color=color, fontsize=8, xytext=(2, 5),
-                          textcoords="offset points")
-        axis.set(title=title, xlabel="NLL of GSM8K test solutions, nat/token", yscale="log")
-        axis.margins(0.12)
+    figure.supxlabel("NLL of GSM8K solutions, nat/token (further right: learns more)")
+    axes[0][0].set_ylabel("KL, nat/token (lower: forgets less)")
+    drawn = [dict(iter(undominated(data).groupby("method"))) for data in panels.values()]
+    for axis, title, lines in zip(axes[0], panels, drawn):
+        axis.set(title=title, yscale="log")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    figure.suptitle("lower: forgets less; further right: learns more", fontsize=9)
+        for label, line in lines.items():
+            axis.plot(line.nll, line.drift, "o-", color=COLORS.get(label, "0.6"),
+                      lw=2.5 if label in COLORS else 1, markersize=4)
+    for axis, lines in zip(axes[0], drawn):            # once all lines have set the common scale
+        label_lines(axis, lines)
     figure.savefig(HERE / "tradeoff.png", dpi=130)
 
 
 def report():
-    run = [name for name in SUITES if read(name)["runs"]]
-    for name in run:
-        print_equal_nll(name)
-        print_settings(name)
-        print_correlations(name)
+    """Print the tables of all suites that have been run, and draw the searches."""
+    found = {name: measured(name) for name in SUITES if read(name)["runs"]}
+    for name, data in found.items():
+        print_equal_nll(name, data)
+        print_settings(name, data)
+        print_correlations(name, data)
     titles = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
-    draw({name: title for name, title in titles.items() if name in run})
-
-
-def suite_flags(name, options):
-    """The flags that all runs of a suite have."""
-    if name == "tiny":
-        return tuple(SUITES[name].split())
-    files = {"nll": options.test, "nq_open": options.nq, "webqs": options.webqs}
-    tasks = [f"{task}={path}" if path else task for task, path in files.items()
-             if task == "nll" or "-" in name]
-    tasks += ["drift"] + ([f"prose={options.prose}"] if options.prose else [])
-    return (*SUITES[name].split(), "--model", options.model, "--data", options.data,
-            "--tasks", ",".join(tasks))
+    panels = {title: found[name] for name, title in titles.items() if name in found}
+    if panels:
+        draw(panels)
 
 
 @ev.one_line
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options are train_math.py's, such as --model, --data and --tasks")
     parser.add_argument("suite", choices=(*SUITES, "gpu", "report"))
-    parser.add_argument("--model", help="hub id or directory, for every suite but tiny")
-    parser.add_argument("--data", default="openai/gsm8k", help="GSM8K's training set")
-    parser.add_argument("--test", help="GSM8K's test set, .jsonl (default: the hub's)")
-    parser.add_argument("--nq", help="NQ-Open's validation set, .jsonl (default: the hub's)")
-    parser.add_argument("--webqs", help="WebQuestions' test set, .jsonl (default: the hub's)")
-    parser.add_argument("--prose", help="100 texts that no model wrote, .jsonl with `text`")
     parser.add_argument("--harness", help="gpu: lm-eval's tasks, as for eval.py")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    options, options.more = parser.parse_known_args(arguments)
+    options, more = parser.parse_known_args(arguments)
     if options.suite == "report":
         return report()
-    ev.need(options.suite in ("tiny", "gpu") or options.model, f"{options.suite} needs a --model")
-    for name in ("model", "data", "test", "nq", "webqs", "prose"):
-        path = getattr(options, name)
-        setattr(options, name, str(Path(path).resolve()) if path and Path(path).exists() else path)
-    os.chdir(HERE.parent)
     CACHE.mkdir(parents=True, exist_ok=True)
     if options.suite == "gpu":
-        return gpu(options)
-    ev.need(not options.more, f"unknown options: {options.more}")
-    run_all(options.suite, suite_flags(options.suite, options), wanted(options.suite),
-            options.workers)
+        return gpu(more, options.harness)
+    tasks = "nll,nq_open,webqs,drift" if "-" in options.suite else "nll,drift"
+    if options.suite == "tiny":
+        tasks = f"{ev.default_tasks('tiny')},nll={ev.TINY / 'test.jsonl'}"
+    suite = (*SUITES[options.suite].split(), "--tasks", tasks, *more)
+    run_all(options.suite, suite)
 
 
 if __name__ == "__main__":

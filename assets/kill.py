@@ -29,16 +29,17 @@ ARGUMENTS = ("--max-steps 12 --batch-size 8 --micro-batch-size 4 --max-samples 6
              "--task-samples 8 --eval-samples 4 --compare no --tasks facts,drift").split()
 TOKENIZER = transformers.PreTrainedTokenizerBase
 # The moment: a function and which of its calls is the last, or a file and which of its versions is
-# cut in half before it gets its name.
+# cut in half. Most files are written under a temporary name, which is then all that is left.
 MOMENTS = {
     "config.json half written": ("config.json", 1),
-    "held_out.pt half written": ("held_out.pt", 1),
-    "untouched.pt half written": ("untouched.pt", 1),
-    "calibration.pt half written": ("calibration.pt", 1),
+    "held_out.json half written": ("held_out.json", 1),
+    "untouched.json half written": ("untouched.json", 1),
+    "calibration.json half written": ("calibration.json", 1),
     "in the eigenproblems": (folora, "decompose", 1),
     "prepared.pt half written": ("prepared.pt", 1),
     "in the first step": (train_math, "gradients", 1),
     "in step 8": (train_math, "gradients", 8),
+    "metrics.jsonl half written": ("metrics.jsonl", 2),
     "first checkpoint.pt half written": ("checkpoint.pt", 1),
     "last checkpoint.pt half written": ("checkpoint.pt", 4),
     "adapter/ without its tokenizer": (TOKENIZER, "save_pretrained", 1),
@@ -60,15 +61,24 @@ def die_in(owner, name, call):
 
 
 def die_writing(name, version):
-    """Leave half of a file's version under its temporary name."""
-    real, versions = Path.replace, itertools.count(1)
+    """Leave half of a file's version, under its temporary name if it has one."""
+    replace, write, versions = Path.replace, Path.write_text, itertools.count(1)
 
-    def replace(part, path):
-        if path.name == name and next(versions) == version:
-            os.truncate(part, part.stat().st_size // 2)
+    def cut(path, final):
+        if final.name == name and next(versions) == version:
+            os.truncate(path, path.stat().st_size // 2)
             die()
-        return real(part, path)
-    Path.replace = replace
+
+    def replace_or_die(path, final):
+        cut(path, Path(final))
+        return replace(path, final)
+
+    def write_and_die(path, *text, **how):
+        written = write(path, *text, **how)
+        cut(path, path)
+        return written
+
+    Path.replace, Path.write_text = replace_or_die, write_and_die
 
 
 def start(arguments, moment=()):
