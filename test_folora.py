@@ -20,6 +20,7 @@ import tokenize
 from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import numpy
 import pytest
@@ -103,20 +104,21 @@ def tiny():
 # ---- 3.1: targets and covariances ----------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_covariances_are_means_of_x_xT_over_real_tokens(dtype):
+@pytest.mark.parametrize("names", [BLOCK_TARGETS, ("q_proj",)])
+def test_covariances_are_means_of_x_xT_over_real_tokens(names, dtype):
     """In float32 whatever the model's dtype. The same tensor counts again in a new batch."""
     torch.manual_seed(0)
     model, few = Block().to(dtype), torch.randn(2, 4, 8, dtype=dtype)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
     batches, tokens = [padded, {"x": few}, {"x": few}], {name: [] for name in BLOCK_TARGETS}
-    ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
+    ours = folora.collect_covariances(model, batches, names)
     for batch in batches:
         model(**batch)
         real = batch.get("attention_mask", torch.ones(2, 4)).bool().flatten()
         for name, x in model.inputs.items():
             tokens[name] += x.detach().double().flatten(0, -2)[real]
-    assert tuple(ours) == BLOCK_TARGETS
+    assert tuple(ours) == names
     for name, C in ours.items():
         literal = sum(torch.outer(x, x) for x in tokens[name]) / len(tokens[name])
         close(C, literal.float(), rtol=1e-5, atol=1e-6)
@@ -184,16 +186,12 @@ def test_eigenbasis_against_scipy(case, k):
 
 
 def test_eigh_that_fails_is_tried_in_float64_and_again(monkeypatch):
-    real, M, tried = torch.linalg.eigh, covariance(5, 20).float(), []
-
-    def eigh(M):
-        tried.append(M.dtype)
-        if len(tried) == 1:
-            raise torch.linalg.LinAlgError("no convergence")
-        return (torch.full((5,), math.nan), torch.eye(5)) if len(tried) == 2 else real(M)
-
+    M, not_finite = covariance(5, 20).float(), (torch.full((5,), math.nan), torch.eye(5))
+    answers = [torch.linalg.LinAlgError("no convergence"), not_finite, DEFAULT]
+    eigh = Mock(wraps=torch.linalg.eigh, side_effect=answers)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     values, vectors = folora._eigh(M)
+    tried = [call.args[0].dtype for call in eigh.call_args_list]
     assert tried == [torch.float32, torch.float64, torch.float64]
     close(vectors * values @ vectors.mT, M)  # in float32 again
 
@@ -490,7 +488,7 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
 
 peft = pytest.importorskip("peft")
-PREPARE, SOME = dict(lr=3e-3, basis_rank=16), ("q_proj", "v_proj", "down_proj")
+SOME = ("q_proj", "v_proj", "down_proj")
 SAME = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -503,6 +501,11 @@ def losses(model, optimizer, batches):
     return descend(optimizer, lambda batch: model(**batch).loss, batches)
 
 
+def prepare_on(model, inputs, **how):
+    half = len(inputs) // 2
+    return folora.prepare(model, inputs[:half], inputs[half:], 3e-3, **dict(basis_rank=16) | how)
+
+
 def wrapped(model, **config):
     config = {"r": 8, "lora_alpha": 16, "target_modules": list(SOME), **config}
     return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
@@ -512,11 +515,10 @@ def wrapped(model, **config):
 def trajectory(tiny):
     """(model, batches for training and for covariances, LoRALinear's losses)."""
     model, tokenizer = tiny
-    examples, ours = word_problems(tokenizer, 32), copy.deepcopy(model)
-    batches = [ev.collate(examples[i:i + 4], CPU) for i in range(0, 32, 4)]
+    examples, ours = word_problems(tokenizer, 16), copy.deepcopy(model)
+    batches = [ev.collate(examples[i:i + 4], CPU) for i in range(0, 16, 4)]
     inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
-    optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16, target_modules=SOME,
-                               **PREPARE)
+    optimizer = prepare_on(ours, inputs, rank=8, alpha=16, target_modules=SOME)
     return model, batches, inputs, losses(ours, optimizer, batches)
 
 
@@ -537,7 +539,7 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
     before = theirs(**batches[0]).loss
     for p in theirs.parameters() if name == "gaussian" else ():          # prepare makes it float32
         p.data = p.data.bfloat16() if p.requires_grad else p.data
-    optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
+    optimizer = prepare_on(theirs, inputs)
     close(theirs.eval()(**batches[0]).loss, before, **SAME)                # the start is the base
     trainable = [p for p in theirs.parameters() if p.requires_grad]
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -585,7 +587,7 @@ def test_gpt2s_conv1d_and_an_encoder_are_prepared():
     ids = [{"input_ids": torch.randint(50, (4, 20))} for _ in range(8)]
     for model in (GPT2LMHeadModel(GPT2Config(**size)), bert):
         theirs = wrapped(model, target_modules="all-linear")
-        optimizer = folora.prepare(theirs, ids[:4], ids[4:], **PREPARE)
+        optimizer = prepare_on(theirs, ids)
         before = theirs(**ids[0])[0]
         descend(optimizer, lambda batch: theirs(**batch)[0].square().mean(), ids[:1])
         assert (theirs(**ids[0])[0] - before).abs().max() > 1e-4
@@ -597,9 +599,8 @@ def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajecto
     model, batches, inputs, _ = trajectory
     load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     ours, untouched = copy.deepcopy(model), model(**inputs[0]).logits
-    optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16,
-                               zero_start=zero_start, **PREPARE)
-    losses(ours, optimizer, batches[:4])
+    optimizer = prepare_on(ours, inputs, rank=8, alpha=16, zero_start=zero_start)
+    losses(ours, optimizer, batches)
     folora.save_adapter(ours, tmp_path)
     header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
@@ -621,9 +622,8 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
     model = AutoModelForCausalLM.from_pretrained(ev.TINY, **how)
     with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
         folora.find_targets(model)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(SOME))
-    theirs = peft.get_peft_model(model, config)
-    optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
+    theirs = wrapped(model)
+    optimizer = prepare_on(theirs, inputs)
     close(losses(theirs, optimizer, batches), expected, rtol=0.05, atol=0)
     theirs.bfloat16()                                    # as TRL does with a quantised base
     theirs(**batches[0]).loss.backward()
@@ -635,12 +635,12 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
                                                                              tmp_path):
     """Six steps with a checkpoint after three."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    pairs = ev.to_pairs(ev.read_rows(str(ev.TINY / "train.jsonl"), limit=24), "train")
-    rows = datasets.Dataset.from_list([{"prompt": q, "completion": a} for q, (a,) in pairs])
+    rows = datasets.Dataset.from_list(
+        [{"prompt": f"{n} + 8 =", "completion": f" {n + 8}"} for n in range(24)])
 
     def train(out, resume=None, ours=True):
         theirs = wrapped(tiny[0])
-        optimizer = folora.prepare(theirs, trajectory[2][:4], trajectory[2][4:], **PREPARE)
+        optimizer = prepare_on(theirs, trajectory[2])
         config = trl.SFTConfig(str(tmp_path / out), max_steps=6, save_steps=3, report_to=[],
                                per_device_train_batch_size=4, use_cpu=True, bf16=False)
         trl.SFTTrainer(theirs, config, train_dataset=rows, processing_class=tiny[1],
@@ -655,29 +655,20 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
 
 # ---- bad input -----------------------------------------------------------------------------------
 
-def unread():
-    raise AssertionError("a forward pass was about to run")
-    yield
-
-
-def collect(batches=(), model=None, targets=BLOCK_TARGETS):
-    return folora.collect_covariances(model or Block(), batches, targets)
-
-
-def prepare(model=None, batches=None, **how):
-    how = dict(lr=0.1, rank=2, target_modules="first") | how
-    return folora.prepare(model or mlp(), batches or unread(), batches or unread(), **how)
-
-
 partial, nan, inf = functools.partial, math.nan, math.inf
 I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), mlp()
 ADAPTED.first = folora.LoRALinear(ADAPTED.first, 2)
+UNREAD = map(pytest.fail, ["a forward pass was about to run"])
+collect = partial(folora.collect_covariances, Block(), batches=(), target_modules=BLOCK_TARGETS)
+prepare = partial(folora.prepare, model=mlp(), pretrain_batches=UNREAD, task_batches=UNREAD,
+                  lr=0.1, rank=2, target_modules="first")
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
     ("rank .* is not from 1 to 16, first's width, or no integer", prepare,
      dict(rank=17), dict(rank=0), dict(rank=2.0), dict(rank=None)),
-    ("called gate_proj, but down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
-    ("called , but down_proj", collect, dict(targets=())),
-    ("called proj, but down_proj", collect, dict(targets="proj")),
+    ("called gate_proj, but down_proj, k_", collect,
+     dict(target_modules=(*BLOCK_TARGETS, "gate_proj"))),
+    ("called , but down_proj", collect, dict(target_modules=())),
+    ("called proj, but down_proj", collect, dict(target_modules="proj")),
     ("first is adapted .merge first", prepare, dict(model=ADAPTED)),
     ("no token reached q_proj", collect, dict(batches=[]), dict(
         batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
@@ -1145,17 +1136,17 @@ def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
         assert torch.equal(merged[name], untouched) != ("q_proj" in name or "down_proj" in name)
 
 
-MOMENTS = ("in the eigenproblems", "first checkpoint.pt half written", "summary.json half written")
-
-
 def test_killed_runs_go_on_to_the_same_numbers(trained, tmp_path):
+    """Killed by SIGKILL, and in a process of their own: TRL has started threads in this one."""
+    moments = ["in the eigenproblems", "first checkpoint.pt half written",
+               "summary.json half written"]
     runs = [[*command(method, *more), "--out", str(tmp_path / moment)]
-            for (method, more), moment in zip(METHODS, MOMENTS)]
+            for (method, more), moment in zip(METHODS, moments)]
     code = (f"import torch; from assets import kill; torch.set_num_threads(1)\n"
-            f"for moment, run in zip({MOMENTS}, {runs}):\n"
+            f"for moment, run in zip({moments}, {runs}):\n"
             f"    assert kill.killed(kill.start(run, kill.MOMENTS[moment]))[0]")
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)   # TRL's threads cannot fork
-    for (method, more), moment, run in zip(METHODS, MOMENTS, runs):
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+    for (method, more), moment, run in zip(METHODS, moments, runs):
         train_math.main(run)
         assert kill.result(tmp_path / moment) == kill.result(trained(method, *more)[0])
 
@@ -1172,13 +1163,8 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert re.search("File too large|disk full", line) and (out / "prepared.pt.part").exists()
     monkeypatch.setattr(train_math, "calibration_texts", None)
-    real, left = train_math.gradients, ["", "", "", "nan", "stop"]
-
-    def gradients(*args):
-        what = left.pop(0) if left else ""
-        if what == "stop":
-            raise KeyboardInterrupt
-        return (math.nan, 1.0) if what == "nan" else real(*args)
+    answers = [*[DEFAULT] * 3, (math.nan, 1.0), KeyboardInterrupt, *[DEFAULT] * 4]
+    gradients = Mock(wraps=train_math.gradients, side_effect=answers)
     monkeypatch.setattr(train_math, "gradients", gradients)
     line = stopped(train_math.main, arguments, capsys, status=1)
     assert "step 4: loss nan, gradient norm 1.0; step 2 has a checkpoint" in line
@@ -1186,7 +1172,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
     monkeypatch.setattr(folora, "decompose", None)
     assert "interrupted" in stopped(train_math.main, arguments, capsys)
     train_math.main(arguments)
-    assert kill.result(out) == finished and not left
+    assert kill.result(out) == finished and gradients.call_count == len(answers)
 
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
@@ -1369,8 +1355,8 @@ def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
         trajectory, tiny, zero_start):
     model, batches, inputs, _ = trajectory
     ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs[:2]]
-    optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
-    losses(ours, optimizer, batches[:2])
+    optimizer = prepare_on(ours, inputs, rank=8, zero_start=zero_start)
+    losses(ours, optimizer, batches)
     moved = ours(**inputs[0]).logits
     kl = train_math.kl_from_untouched(ours, texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
