@@ -22,7 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
+import accelerate
 import numpy
+import peft
 import pytest
 import scipy.linalg
 import torch
@@ -263,15 +265,11 @@ def test_sadam_is_adam_without_a_basis_and_with_the_trivial_one(group):
     assert sadam.step(lambda: p.sum().backward() or 5.0) == 5.0      # a closure and its loss
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path,
-                                                                             wrapped):
-    """Also through accelerate, as under a Trainer. The moments belong to the saved basis."""
+def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path):
+    """Through accelerate, as under a Trainer. The moments belong to the saved basis."""
     A, gradients, V, gate, _ = spectral
     straight, p = nn.Parameter(A.clone()), nn.Parameter(A.clone())
-    wrap = lambda optimizer: optimizer
-    if wrapped:
-        wrap = pytest.importorskip("accelerate").Accelerator(cpu=True).prepare
+    wrap = accelerate.Accelerator(cpu=True).prepare
     make = lambda p, V, lr: wrap(folora.SAdam([{"params": [p], "basis": V, "gate": gate}], lr))
     take_steps(make(straight, V, 0.01), straight, gradients)
     first, second = make(p, V, 0.01), make(p, -2 * V, 0.5)
@@ -441,28 +439,25 @@ def test_sampling_draws_decoding_from_the_mixture_in_batches():
     assert len(model.calls) <= 2 * 3 + 2000 // 128
 
 
-def test_sampling_replaces_rejects_and_duplicates_and_cuts_at_end_of_sequence():
+def test_sampling_replaces_rejects_and_duplicates_until_there_are_too_many():
+    """It gives up after 64 rejects, and ten more for each accepted text."""
     good = lambda k: list(range(k, k + 50))
     queue = [good(10), good(10), [5] * 50, good(70), good(3000)[:20], good(130) + [2, 7, 7],
              good(190) + [8, 9], good(250), good(310), good(370)]
-    model = FakeGenerator(lambda: queue.pop(0), eos_token_id=[2, 8])
-    assert sorted(sample(model, 4, 32, 64)) == [[1] + good(k) for k in (10, 70, 130, 190)]
+    model = FakeGenerator(lambda: queue.pop(0) if queue else [5] * 50, eos_token_id=[2, 8])
+    texts = sample(model, 4, 32, 64)                                 # each ends before its EOS
+    assert sorted(texts) == [[1] + good(k) for k in (10, 70, 130, 190)]
     assert model.calls[0]["eos_token_id"] == [2, 8] == model.generation_config.eos_token_id
+    queue[:] = good(10), good(70)
+    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
+        sample(model, 100)
+    assert model.training
 
 
 @pytest.mark.parametrize("own, configured, wanted", [(5, 6, 5), (None, 6, 6), (None, None, 2)])
 def test_a_text_starts_with_bos_or_else_the_configurations_or_else_eos(own, configured, wanted):
     model = FakeGenerator(bos_token_id=configured)
     assert {text[0] for text in sample(model, 3, 1, 1, bos=own)} == {wanted}
-
-
-def test_sampling_gives_up_on_a_model_that_only_produces_rejects():
-    """After 64 rejects, and ten more for each accepted sample."""
-    queue = [list(range(k + 3, k + 53)) for k in range(2)]
-    model = FakeGenerator(lambda: queue.pop() if queue else [5] * 50)
-    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
-        sample(model, 100)
-    assert model.training
 
 
 def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny):
@@ -487,7 +482,6 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
 
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
 
-peft = pytest.importorskip("peft")
 SOME = ("q_proj", "v_proj", "down_proj")
 SAME = dict(rtol=1e-5, atol=1e-5)
 
@@ -634,9 +628,9 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
 def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tiny, trajectory,
                                                                              tmp_path):
     """Six steps with a checkpoint after three."""
-    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    rows = datasets.Dataset.from_list(
-        [{"prompt": f"{n} + 8 =", "completion": f" {n + 8}"} for n in range(24)])
+    trl = pytest.importorskip("trl")
+    rows = [{"prompt": f"{n} + 8 =", "completion": f" {n + 8}"} for n in range(24)]
+    rows = ev.datasets.Dataset.from_list(rows)
 
     def train(out, resume=None, ours=True):
         theirs = wrapped(tiny[0])
