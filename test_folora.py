@@ -757,6 +757,8 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
         assert example["labels"][-1] == tokenizer.eos_token_id
     own = model(**ev.collate(examples, CPU)).loss.item()
     assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own, rel=1e-4)
+    with pytest.raises(ev.UserError, match="1 of 1 examples have prompts that fill --max-length"):
+        ev.encode_all(tokenizer, pairs[1:], len(prompt))             # not one label would be left
 
 
 @pytest.mark.parametrize("kind, options", [
@@ -863,7 +865,8 @@ def test_wrong_weights_are_refused_and_finished_columns_printed(tmp_path, name, 
 
 
 def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
-    run, model = str(tmp_path), wrapped(tiny[0], init_lora_weights=False)
+    run = str(tmp_path)
+    model = wrapped(tiny[0], r=4, init_lora_weights=False, use_rslora=True)
     model.peft_config["default"].base_model_name_or_path = "tiny"
     model.save_pretrained(tmp_path / "adapter")
     wanted = model.merge_and_unload().state_dict()
@@ -915,7 +918,7 @@ def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
 
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
-    """lm-eval's class of task managers. Its tasks are those in tmp_path, and the hub is not asked."""
+    """lm-eval's class of task managers. It knows the tasks in tmp_path, and asks no hub."""
     tasks = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13")
     real = tasks.TaskManager
     mine = functools.partial(real, include_path=tmp_path, include_defaults=False)
@@ -958,7 +961,7 @@ def test_one_score_of_a_harness_result():
             (25, {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}),
             (20, {"exact,none": 10.0, "HasAns_exact,none": 20.0, "sample_len": 7}),
             (40, {"prompt_level_loose_acc,none": 0.5, "prompt_level_strict_acc,none": 0.4}),
-            (70, {"rouge,first": 0.7, "rouge,second": 0.1, "bleu,first": 0.2})]:
+            (70, {"rouge_stderr,first": 0.1, "rouge,first": 0.7, "rouge,second": 0.1})]:
         assert ev.harness_score(result) == pytest.approx(score)
 
 
