@@ -837,8 +837,9 @@ def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
     ("gsm8k", "2. The answer is: 5", "The answer is: 5.0", 1),
     ("gsm8k", "5", "The answer is: 5", 0)])
 def test_each_task_is_judged_by_its_own_rule(tiny, monkeypatch, task, text, wanted, right):
-    monkeypatch.setattr(ev, "greedy", lambda *_: [tiny[1](text)["input_ids"]])
+    monkeypatch.setattr(ev, "greedy", greedy := Mock(return_value=[tiny[1](text)["input_ids"]]))
     assert ev.count_right(*tiny, [("q", [wanted])], task) == right
+    assert greedy.call_args.args[3] == (256 if task == "gsm8k" else 64)          # new tokens
 
 
 def test_summary_rows():
@@ -1350,6 +1351,21 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     with pytest.raises(SystemExit):
         train_math.main(["--help"])
     assert "more forgets less [the paper's] (None)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_script_prepares_as_folora_does(tiny):
+    flags = "--tau 0.02 --lam 2 --s-min 0.1 --alpha 4 --lr 0.5".split()
+    options, examples = train_math.parse_options([*FAST, *flags]), word_problems(tiny[1], 16)
+    texts, task = ([e["ids"] for e in some] for some in (examples[8:], examples[:8]))
+    ours, theirs = (copy.deepcopy(tiny[0]) for _ in range(2))
+    bases = train_math.solve(options, ours, texts, examples)
+    groups = train_math.add_adapters(options, ours, bases).param_groups
+    expected = folora.prepare(theirs, [ev.collate(texts, CPU)], [ev.collate(task, CPU)], 0.5, 8, 4,
+                              tau=0.02, lam=2.0, s_min=0.1, basis_rank=16).param_groups
+    for a, b in zip(groups, expected, strict=True):
+        assert (a["lr"], a["scale"]) == (b["lr"], b["scale"])
+        if b["gate"] is not None:
+            close(a["gate"], b["gate"], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("zero_start", [True, False])
