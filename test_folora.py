@@ -472,13 +472,10 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
         vars(model.generation_config).update(config)
     assert config.items() <= vars(model.generation_config).items()
     assert not all(map(torch.equal, texts[0], texts.pop()))
-    # it says what it was pretrained on: known words, in known forms
-    forms, known = r"Q: .*\?\nA: |### Instruction|\d [+-] \d+ = \d|\.\n\n", 0
     for text, again in zip(*texts, strict=True):
         assert text[0] == tokenizer.bos_token_id and 61 <= len(text) <= 71
         assert tokenizer.eos_token_id not in text and torch.equal(text, again)
-        known += bool(re.search(forms, tokenizer.decode(text)))
-    assert known >= 5
+
 
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
 
@@ -1386,6 +1383,9 @@ def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
     expected = torch.autograd.grad(loss / labels + 5 * kl, parameters)
     _, norm = train_math.gradients(ours, optimizer, examples, 1, 5.0, texts)
     assert norm == pytest.approx(sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-4)
+    _, norm = train_math.gradients(ours, optimizer, examples, 1, 1e4, texts)
+    clipped = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+    assert clipped == pytest.approx(1.0, 1e-3) and norm > 1
 
 
 # ---- the measurements ----------------------------------------------------------------------------
