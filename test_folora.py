@@ -1110,6 +1110,24 @@ def test_training_writes_its_run(method, more, trained):
     assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
 
 
+def test_plain_lora_is_trained_as_by_a_literal_loop(trained, tiny):
+    model, examples = copy.deepcopy(tiny[0]), word_problems(tiny[1], 64)
+    torch.manual_seed(0)
+    optimizer = train_math.add_adapters(train_math.parse_options(command("lora")), model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    order, lines = train_math.data_order(64, 8, None, 6, 0), metrics(trained("lora")[0])
+    for step, (batch, line) in enumerate(zip(order, lines, strict=True)):
+        rate = optimizer.param_groups[0]["lr"] = 4e-3 * train_math.schedule(step, 6)
+        loss = model(**ev.collate([examples[i] for i in batch], CPU)).loss
+        gradients = torch.autograd.grad(loss, parameters)
+        for p, g in zip(parameters, gradients):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        literal = [loss.item(), rate, norm.item()]
+        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
+
+
 def test_eval_reads_a_run(trained, capsys):
     out, _ = trained("folora")
     scores = read_json(out / "summary.json")["scores"]
