@@ -674,6 +674,9 @@ REFUSED = [                                  # (message, call, options that are 
      dict(alpha=0), dict(basis_rank=0)),
     ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=inf), dict(lam=nan),
      dict(s_min=1.1), dict(s_min=-0.1)),
+    ("has adapters already, or the bases are another", partial(folora.attach, model=mlp(), lr=0.1),
+     dict(model=ADAPTED, bases=[{"modules": ["first"], "V": torch.eye(16)}]),
+     dict(bases=[{"modules": ["first"], "V": I3}])),
     ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
      dict(model=mlp())),
 ]
