@@ -20,8 +20,11 @@ import tokenize
 from collections import Counter, OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
+import accelerate
 import numpy
+import peft
 import pytest
 import scipy.linalg
 import torch
@@ -39,8 +42,8 @@ torch.set_num_threads(1)
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
 # file, lines, lines of code
-BUDGETS = [("folora.py", 560, 345), ("train_math.py", 475, 355), ("eval.py", 562, 375),
-           ("assets/experiments.py", 482, 350), ("test_folora.py", 1950, 1565)]
+BUDGETS = [("folora.py", 605, 372), ("train_math.py", 470, 354), ("eval.py", 570, 381),
+           ("assets/experiments.py", 482, 350), ("test_folora.py", 1600, 1305)]
 
 
 def covariance(d, tokens, condition=1.0, seed=0):
@@ -103,20 +106,21 @@ def tiny():
 # ---- 3.1: targets and covariances ----------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_covariances_are_means_of_x_xT_over_real_tokens(dtype):
+@pytest.mark.parametrize("names", [BLOCK_TARGETS, ("q_proj",)])
+def test_covariances_are_means_of_x_xT_over_real_tokens(names, dtype):
     """In float32 whatever the model's dtype. The same tensor counts again in a new batch."""
     torch.manual_seed(0)
     model, few = Block().to(dtype), torch.randn(2, 4, 8, dtype=dtype)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
     batches, tokens = [padded, {"x": few}, {"x": few}], {name: [] for name in BLOCK_TARGETS}
-    ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
+    ours = folora.collect_covariances(model, batches, names)
     for batch in batches:
         model(**batch)
         real = batch.get("attention_mask", torch.ones(2, 4)).bool().flatten()
         for name, x in model.inputs.items():
             tokens[name] += x.detach().double().flatten(0, -2)[real]
-    assert tuple(ours) == BLOCK_TARGETS
+    assert tuple(ours) == names
     for name, C in ours.items():
         literal = sum(torch.outer(x, x) for x in tokens[name]) / len(tokens[name])
         close(C, literal.float(), rtol=1e-5, atol=1e-6)
@@ -184,16 +188,12 @@ def test_eigenbasis_against_scipy(case, k):
 
 
 def test_eigh_that_fails_is_tried_in_float64_and_again(monkeypatch):
-    real, M, tried = torch.linalg.eigh, covariance(5, 20).float(), []
-
-    def eigh(M):
-        tried.append(M.dtype)
-        if len(tried) == 1:
-            raise torch.linalg.LinAlgError("no convergence")
-        return (torch.full((5,), math.nan), torch.eye(5)) if len(tried) == 2 else real(M)
-
+    M, not_finite = covariance(5, 20).float(), (torch.full((5,), math.nan), torch.eye(5))
+    answers = [torch.linalg.LinAlgError("no convergence"), not_finite, DEFAULT]
+    eigh = Mock(wraps=torch.linalg.eigh, side_effect=answers)
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     values, vectors = folora._eigh(M)
+    tried = [call.args[0].dtype for call in eigh.call_args_list]
     assert tried == [torch.float32, torch.float64, torch.float64]
     close(vectors * values @ vectors.mT, M)  # in float32 again
 
@@ -241,9 +241,9 @@ def test_sadam_against_eq_18_to_24_one_number_at_a_time(spectral, dtype, error):
     assert gate.max() - gate.min() > 0.1
     p = nn.Parameter(A.clone())
     group = {"params": [p], "basis": V.to(dtype), "gate": gate, "scale": 0.5}
-    optimizer = folora.SAdam([group], 0.02, betas=(0.8, 0.95), eps=1e-7)
+    optimizer = folora.SAdam([group], 0.02, betas=(0.8, 0.95), eps=0.03)
     moved = take_steps(optimizer, p, gradients).double() - A
-    literal = literal_sadam(A, gradients, V, gate, 0.01, 0.8, 0.95, 1e-7) - A
+    literal = literal_sadam(A, gradients, V, gate, 0.01, 0.8, 0.95, 0.03) - A
     for metric in (H, torch.eye(6).double()):
         assert energy(moved - literal, metric) < error * energy(literal, metric)
 
@@ -265,15 +265,11 @@ def test_sadam_is_adam_without_a_basis_and_with_the_trivial_one(group):
     assert sadam.step(lambda: p.sum().backward() or 5.0) == 5.0      # a closure and its loss
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path,
-                                                                             wrapped):
-    """Also through accelerate, as under a Trainer. The moments belong to the saved basis."""
+def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path):
+    """Through accelerate, as under a Trainer. The moments belong to the saved basis."""
     A, gradients, V, gate, _ = spectral
     straight, p = nn.Parameter(A.clone()), nn.Parameter(A.clone())
-    wrap = lambda optimizer: optimizer
-    if wrapped:
-        wrap = pytest.importorskip("accelerate").Accelerator(cpu=True).prepare
+    wrap = accelerate.Accelerator(cpu=True).prepare
     make = lambda p, V, lr: wrap(folora.SAdam([{"params": [p], "basis": V, "gate": gate}], lr))
     take_steps(make(straight, V, 0.01), straight, gradients)
     first, second = make(p, V, 0.01), make(p, -2 * V, 0.5)
@@ -443,28 +439,25 @@ def test_sampling_draws_decoding_from_the_mixture_in_batches():
     assert len(model.calls) <= 2 * 3 + 2000 // 128
 
 
-def test_sampling_replaces_rejects_and_duplicates_and_cuts_at_end_of_sequence():
+def test_sampling_replaces_rejects_and_duplicates_until_there_are_too_many():
+    """It gives up after 64 rejects, and ten more for each accepted text."""
     good = lambda k: list(range(k, k + 50))
     queue = [good(10), good(10), [5] * 50, good(70), good(3000)[:20], good(130) + [2, 7, 7],
              good(190) + [8, 9], good(250), good(310), good(370)]
-    model = FakeGenerator(lambda: queue.pop(0), eos_token_id=[2, 8])
-    assert sorted(sample(model, 4, 32, 64)) == [[1] + good(k) for k in (10, 70, 130, 190)]
+    model = FakeGenerator(lambda: queue.pop(0) if queue else [5] * 50, eos_token_id=[2, 8])
+    texts = sample(model, 4, 32, 64)                                 # each ends before its EOS
+    assert sorted(texts) == [[1] + good(k) for k in (10, 70, 130, 190)]
     assert model.calls[0]["eos_token_id"] == [2, 8] == model.generation_config.eos_token_id
+    queue[:] = good(10), good(70)
+    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
+        sample(model, 100)
+    assert model.training
 
 
 @pytest.mark.parametrize("own, configured, wanted", [(5, 6, 5), (None, 6, 6), (None, None, 2)])
 def test_a_text_starts_with_bos_or_else_the_configurations_or_else_eos(own, configured, wanted):
     model = FakeGenerator(bos_token_id=configured)
     assert {text[0] for text in sample(model, 3, 1, 1, bos=own)} == {wanted}
-
-
-def test_sampling_gives_up_on_a_model_that_only_produces_rejects():
-    """After 64 rejects, and ten more for each accepted sample."""
-    queue = [list(range(k + 3, k + 53)) for k in range(2)]
-    model = FakeGenerator(lambda: queue.pop() if queue else [5] * 50)
-    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
-        sample(model, 100)
-    assert model.training
 
 
 def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny):
@@ -479,18 +472,14 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
         vars(model.generation_config).update(config)
     assert config.items() <= vars(model.generation_config).items()
     assert not all(map(torch.equal, texts[0], texts.pop()))
-    # it says what it was pretrained on: known words, in known forms
-    forms, known = r"Q: .*\?\nA: |### Instruction|\d [+-] \d+ = \d|\.\n\n", 0
     for text, again in zip(*texts, strict=True):
         assert text[0] == tokenizer.bos_token_id and 61 <= len(text) <= 71
         assert tokenizer.eos_token_id not in text and torch.equal(text, again)
-        known += bool(re.search(forms, tokenizer.decode(text)))
-    assert known >= 5
+
 
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
 
-peft = pytest.importorskip("peft")
-PREPARE, SOME = dict(lr=3e-3, basis_rank=16), ("q_proj", "v_proj", "down_proj")
+SOME = ("q_proj", "v_proj", "down_proj")
 SAME = dict(rtol=1e-5, atol=1e-5)
 
 
@@ -503,6 +492,11 @@ def losses(model, optimizer, batches):
     return descend(optimizer, lambda batch: model(**batch).loss, batches)
 
 
+def prepare_on(model, inputs, **how):
+    half = len(inputs) // 2
+    return folora.prepare(model, inputs[:half], inputs[half:], 3e-3, **dict(basis_rank=16) | how)
+
+
 def wrapped(model, **config):
     config = {"r": 8, "lora_alpha": 16, "target_modules": list(SOME), **config}
     return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
@@ -512,11 +506,10 @@ def wrapped(model, **config):
 def trajectory(tiny):
     """(model, batches for training and for covariances, LoRALinear's losses)."""
     model, tokenizer = tiny
-    examples, ours = word_problems(tokenizer, 32), copy.deepcopy(model)
-    batches = [ev.collate(examples[i:i + 4], CPU) for i in range(0, 32, 4)]
+    examples, ours = word_problems(tokenizer, 16), copy.deepcopy(model)
+    batches = [ev.collate(examples[i:i + 4], CPU) for i in range(0, 16, 4)]
     inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
-    optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16, target_modules=SOME,
-                               **PREPARE)
+    optimizer = prepare_on(ours, inputs, rank=8, alpha=16, target_modules=SOME)
     return model, batches, inputs, losses(ours, optimizer, batches)
 
 
@@ -537,7 +530,7 @@ def test_pefts_adapters_are_trained_as_ours(name, trajectory):
     before = theirs(**batches[0]).loss
     for p in theirs.parameters() if name == "gaussian" else ():          # prepare makes it float32
         p.data = p.data.bfloat16() if p.requires_grad else p.data
-    optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
+    optimizer = prepare_on(theirs, inputs)
     close(theirs.eval()(**batches[0]).loss, before, **SAME)                # the start is the base
     trainable = [p for p in theirs.parameters() if p.requires_grad]
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -567,7 +560,7 @@ def test_adapters_that_cannot_start_are_refused(config, tiny):
 def test_what_peft_cannot_do_is_refused(tiny):
     theirs = wrapped(tiny[0], target_modules=["q_proj"])
     with pytest.raises(ValueError, match="zero_start=True: the paper's start"):
-        folora.prepare(theirs, unread(), unread(), lr=1e-2, zero_start=False)
+        folora.prepare(theirs, UNREAD, UNREAD, lr=1e-2, zero_start=False)
     with pytest.raises(ValueError, match="use its merge_and_unload"):
         folora.merge(theirs)
     name = next(iter(folora.find_targets(theirs)))
@@ -599,7 +592,7 @@ def test_gpt2s_conv1d_and_an_encoder_are_prepared():
     ids = [{"input_ids": torch.randint(50, (4, 20))} for _ in range(8)]
     for model in (GPT2LMHeadModel(GPT2Config(**size)), bert):
         theirs = wrapped(model, target_modules="all-linear")
-        optimizer = folora.prepare(theirs, ids[:4], ids[4:], **PREPARE)
+        optimizer = prepare_on(theirs, ids)
         before = theirs(**ids[0])[0]
         descend(optimizer, lambda batch: theirs(**batch)[0].square().mean(), ids[:1])
         assert (theirs(**ids[0])[0] - before).abs().max() > 1e-4
@@ -611,9 +604,8 @@ def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajecto
     model, batches, inputs, _ = trajectory
     load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
     ours, untouched = copy.deepcopy(model), model(**inputs[0]).logits
-    optimizer = folora.prepare(ours, inputs[:4], inputs[4:], rank=8, alpha=16,
-                               zero_start=zero_start, **PREPARE)
-    losses(ours, optimizer, batches[:4])
+    optimizer = prepare_on(ours, inputs, rank=8, alpha=16, zero_start=zero_start)
+    losses(ours, optimizer, batches)
     folora.save_adapter(ours, tmp_path)
     header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
@@ -635,9 +627,8 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
     model = AutoModelForCausalLM.from_pretrained(ev.TINY, **how)
     with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
         folora.find_targets(model)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(SOME))
-    theirs = peft.get_peft_model(model, config)
-    optimizer = folora.prepare(theirs, inputs[:4], inputs[4:], **PREPARE)
+    theirs = wrapped(model)
+    optimizer = prepare_on(theirs, inputs)
     close(losses(theirs, optimizer, batches), expected, rtol=0.05, atol=0)
     theirs.bfloat16()                                    # as TRL does with a quantised base
     theirs(**batches[0]).loss.backward()
@@ -648,13 +639,13 @@ def test_a_quantised_base_is_trained_through_peft(how, trajectory):
 def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tiny, trajectory,
                                                                              tmp_path):
     """Six steps with a checkpoint after three."""
-    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    pairs = ev.to_pairs(ev.read_rows(str(ev.TINY / "train.jsonl"), limit=24), "train")
-    rows = datasets.Dataset.from_list([{"prompt": q, "completion": a} for q, (a,) in pairs])
+    trl = pytest.importorskip("trl")
+    rows = [{"prompt": f"{n} + 8 =", "completion": f" {n + 8}"} for n in range(24)]
+    rows = ev.datasets.Dataset.from_list(rows)
 
     def train(out, resume=None, ours=True):
         theirs = wrapped(tiny[0])
-        optimizer = folora.prepare(theirs, trajectory[2][:4], trajectory[2][4:], **PREPARE)
+        optimizer = prepare_on(theirs, trajectory[2])
         config = trl.SFTConfig(str(tmp_path / out), max_steps=6, save_steps=3, report_to=[],
                                per_device_train_batch_size=4, use_cpu=True, bf16=False)
         trl.SFTTrainer(theirs, config, train_dataset=rows, processing_class=tiny[1],
@@ -669,32 +660,23 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
 
 # ---- bad input -----------------------------------------------------------------------------------
 
-def unread():
-    raise AssertionError("a forward pass was about to run")
-    yield
-
-
-def collect(batches=(), model=None, targets=BLOCK_TARGETS):
-    return folora.collect_covariances(model or Block(), batches, targets)
-
-
-def prepare(model=None, batches=None, **how):
-    how = dict(lr=0.1, rank=2, target_modules="first") | how
-    return folora.prepare(model or mlp(), batches or unread(), batches or unread(), **how)
-
-
 partial, nan, inf = functools.partial, math.nan, math.inf
 I3, IDS, ADAPTED = torch.eye(3), torch.ones(4, dtype=torch.long), mlp()
 ADAPTED.first = folora.LoRALinear(ADAPTED.first, 2)
 TIED = mlp()
 TIED.again = TIED.first
 ONE = [{"modules": ["first"], "gamma": torch.ones(2), "V": torch.eye(16, 2)}]
+UNREAD = map(pytest.fail, ["a forward pass was about to run"])
+collect = partial(folora.collect_covariances, Block(), batches=(), target_modules=BLOCK_TARGETS)
+prepare = partial(folora.prepare, model=mlp(), pretrain_batches=UNREAD, task_batches=UNREAD,
+                  lr=0.1, rank=2, target_modules="first")
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
     ("rank .* is not from 1 to 16, first's width", prepare,
      dict(rank=17), dict(rank=0), dict(rank=2.0), dict(rank=None)),
-    ("called gate_proj, only down_proj, k_", collect, dict(targets=(*BLOCK_TARGETS, "gate_proj"))),
-    ("called , only down_proj", collect, dict(targets=())),
-    ("called proj, only down_proj", collect, dict(targets="proj")),
+    ("called gate_proj, only down_proj, k_", collect,
+     dict(target_modules=(*BLOCK_TARGETS, "gate_proj"))),
+    ("called , only down_proj", collect, dict(target_modules=())),
+    ("called proj, only down_proj", collect, dict(target_modules="proj")),
     ("first is adapted .merge first", prepare, dict(model=ADAPTED)),
     ("first shares its weight", prepare, dict(model=TIED)),
     ("lr must be >= 0", partial(folora.SAdam, [nn.Parameter(I3)]), dict(lr=-1), dict(lr=inf)),
@@ -793,6 +775,8 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
         assert example["labels"][-1] == tokenizer.eos_token_id
     own = model(**ev.collate(examples, CPU)).loss.item()
     assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own, rel=1e-4)
+    with pytest.raises(ev.UserError, match="1 of 1 examples have prompts that fill --max-length"):
+        ev.encode_all(tokenizer, pairs[1:], len(prompt))             # not one label would be left
 
 
 @pytest.mark.parametrize("kind, options", [
@@ -871,8 +855,9 @@ def test_webqs_by_greedy_text_is_greedy_likelihood(tiny):
     ("gsm8k", "2. The answer is: 5", "The answer is: 5.0", 1),
     ("gsm8k", "5", "The answer is: 5", 0)])
 def test_each_task_is_judged_by_its_own_rule(tiny, monkeypatch, task, text, wanted, right):
-    monkeypatch.setattr(ev, "greedy", lambda *_: [tiny[1](text)["input_ids"]])
+    monkeypatch.setattr(ev, "greedy", greedy := Mock(return_value=[tiny[1](text)["input_ids"]]))
     assert ev.count_right(*tiny, [("q", [wanted])], task) == right
+    assert greedy.call_args.args[3] == (256 if task == "gsm8k" else 64)          # new tokens
 
 
 def test_summary_rows():
@@ -899,7 +884,8 @@ def test_wrong_weights_are_refused_and_finished_columns_printed(tmp_path, name, 
 
 
 def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
-    run, model = str(tmp_path), wrapped(tiny[0], init_lora_weights=False)
+    run = str(tmp_path)
+    model = wrapped(tiny[0], r=4, init_lora_weights=False, use_rslora=True)
     model.peft_config["default"].base_model_name_or_path = "tiny"
     model.save_pretrained(tmp_path / "adapter")
     wanted = model.merge_and_unload().state_dict()
@@ -949,10 +935,18 @@ def test_without_a_network_the_hub_is_not_asked_again(monkeypatch):
         assert constants.HF_HUB_OFFLINE and ev.datasets.config.HF_HUB_OFFLINE
 
 
-def test_harness_names_are_checked_before_anything_runs(monkeypatch):
-    """Against lm-eval 0.4.13 itself, but for what it would load from the hub."""
-    manager = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13").TaskManager
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """lm-eval's class of task managers. It knows the tasks in tmp_path, and asks no hub."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13")
+    real = tasks.TaskManager
+    mine = functools.partial(real, include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", mine)
     monkeypatch.setattr(ev, "reach_hub", lambda: None)
+    return real
+
+
+def test_harness_names_are_checked_before_anything_runs(manager, monkeypatch):
     with pytest.raises(ev.UserError, match="cannot load .'nothing'.* HF_ALLOW_CODE_EVAL=1"):
         ev.harness_tasks("nothing")
     groups = {name: SimpleNamespace(has_aggregation=name == "scored") for name in ("scored", "not")}
@@ -963,11 +957,8 @@ def test_harness_names_are_checked_before_anything_runs(monkeypatch):
             ev.harness_tasks(f"task,{name}")
 
 
-def test_the_harness_scores_a_local_task_into_the_same_table(tmp_path, capsys, monkeypatch):
+def test_the_harness_scores_a_local_task_into_the_same_table(manager, tmp_path, capsys):
     """tiny's facts as a task of lm-eval: the built-in score, and in Avg1 like the others."""
-    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13")
-    mine = functools.partial(tasks.TaskManager, include_path=tmp_path, include_defaults=False)
-    monkeypatch.setattr(tasks, "TaskManager", mine)
     (tmp_path / "world.yaml").write_text(json.dumps({            # JSON is YAML
         "task": "world", "dataset_path": "json", "output_type": "generate_until",
         "dataset_kwargs": {"data_files": {"validation": f"{HERE}/tiny/facts.jsonl"}},
@@ -989,7 +980,7 @@ def test_one_score_of_a_harness_result():
             (25, {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}),
             (20, {"exact,none": 10.0, "HasAns_exact,none": 20.0, "sample_len": 7}),
             (40, {"prompt_level_loose_acc,none": 0.5, "prompt_level_strict_acc,none": 0.4}),
-            (70, {"rouge,first": 0.7, "rouge,second": 0.1, "bleu,first": 0.2})]:
+            (70, {"rouge_stderr,first": 0.1, "rouge,first": 0.7, "rouge,second": 0.1})]:
         assert ev.harness_score(result) == pytest.approx(score)
 
 
@@ -1140,6 +1131,24 @@ def test_training_writes_its_run(method, more, trained):
     assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
 
 
+def test_plain_lora_is_trained_as_by_a_literal_loop(trained, tiny):
+    model, examples = copy.deepcopy(tiny[0]), word_problems(tiny[1], 64)
+    torch.manual_seed(0)
+    optimizer = train_math.add_adapters(train_math.parse_options(command("lora")), model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    order, lines = train_math.data_order(64, 8, None, 6, 0), metrics(trained("lora")[0])
+    for step, (batch, line) in enumerate(zip(order, lines, strict=True)):
+        rate = optimizer.param_groups[0]["lr"] = 4e-3 * train_math.schedule(step, 6)
+        loss = model(**ev.collate([examples[i] for i in batch], CPU)).loss
+        gradients = torch.autograd.grad(loss, parameters)
+        for p, g in zip(parameters, gradients):
+            p.grad = g
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        literal = [loss.item(), rate, norm.item()]
+        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
+
+
 def test_eval_reads_a_run(trained, capsys):
     out, _ = trained("folora")
     scores = read_json(out / "summary.json")["scores"]
@@ -1157,8 +1166,8 @@ def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
     assert header.split() == ["untouched", "folora", "lora"]
     rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
     assert rates == [1e-2, 4e-3]
-    train_math.main(command(*COMPARED, "--out", str(out)))           # prints the table
-    assert header in capsys.readouterr().out
+    train_math.main(command(*COMPARED, "--out", str(out), "--micro-batch-size", "2"))
+    assert header in capsys.readouterr().out         # a finished run prints its table
     merged, adapter = (ev.load_model(str(path), CPU, torch.float32)[0].state_dict()
                        for path in (out, out / "adapter"))
     for name, untouched in tiny[0].state_dict().items():
@@ -1166,17 +1175,17 @@ def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
         assert torch.equal(merged[name], untouched) != ("q_proj" in name or "down_proj" in name)
 
 
-MOMENTS = ("in the eigenproblems", "first checkpoint.pt half written", "summary.json half written")
-
-
 def test_killed_runs_go_on_to_the_same_numbers(trained, tmp_path):
+    """Killed by SIGKILL, and in a process of their own: TRL has started threads in this one."""
+    moments = ["in the eigenproblems", "first checkpoint.pt half written",
+               "summary.json half written"]
     runs = [[*command(method, *more), "--out", str(tmp_path / moment)]
-            for (method, more), moment in zip(METHODS, MOMENTS)]
+            for (method, more), moment in zip(METHODS, moments)]
     code = (f"import torch; from assets import kill; torch.set_num_threads(1)\n"
-            f"for moment, run in zip({MOMENTS}, {runs}):\n"
+            f"for moment, run in zip({moments}, {runs}):\n"
             f"    assert kill.killed(kill.start(run, kill.MOMENTS[moment]))[0]")
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)   # TRL's threads cannot fork
-    for (method, more), moment, run in zip(METHODS, MOMENTS, runs):
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+    for (method, more), moment, run in zip(METHODS, moments, runs):
         train_math.main(run)
         assert kill.result(tmp_path / moment) == kill.result(trained(method, *more)[0])
 
@@ -1193,13 +1202,8 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert re.search("File too large|disk full", line) and (out / "prepared.pt.part").exists()
     monkeypatch.setattr(train_math, "calibration_texts", None)
-    real, left = train_math.gradients, ["", "", "", "nan", "stop"]
-
-    def gradients(*args):
-        what = left.pop(0) if left else ""
-        if what == "stop":
-            raise KeyboardInterrupt
-        return (math.nan, 1.0) if what == "nan" else real(*args)
+    answers = [*[DEFAULT] * 3, (math.nan, 1.0), KeyboardInterrupt, *[DEFAULT] * 4]
+    gradients = Mock(wraps=train_math.gradients, side_effect=answers)
     monkeypatch.setattr(train_math, "gradients", gradients)
     line = stopped(train_math.main, arguments, capsys, status=1)
     assert "step 4: loss nan, gradient norm 1.0; the last checkpoint is of step 2" in line
@@ -1207,7 +1211,7 @@ def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, mo
     monkeypatch.setattr(folora, "decompose", None)
     assert "interrupted" in stopped(train_math.main, arguments, capsys)
     train_math.main(arguments)
-    assert kill.result(out) == finished and not left
+    assert kill.result(out) == finished and gradients.call_count == len(answers)
 
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
@@ -1375,7 +1379,7 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     wanted = dict(rank=128, lam=1.0, s_min=0.3, batch_size=128, max_length=512, basis_rank=0,
                   calibration_samples=2000, task_samples=256, zero_start=0, compare="no", lr=3e-4)
     assert {name: getattr(paper, name) for name in wanted} == wanted
-    tuned = train_math.parse_options(["--lam", "2", "--rank", "16"])
+    tuned = train_math.parse_options("--lam 2 --rank 16 --max-steps 1".split())
     wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.2e-2)
     assert {name: getattr(tuned, name) for name in wanted} == wanted
     assert train_math.parse_options(["--model", str(ev.TINY), "--method", "lora"]).lr == 4e-3
@@ -1385,13 +1389,28 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     assert "more forgets less [the paper's] (None)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_script_prepares_as_folora_does(tiny):
+    flags = "--tau 0.02 --lam 2 --s-min 0.1 --alpha 4 --lr 0.5".split()
+    options, examples = train_math.parse_options([*FAST, *flags]), word_problems(tiny[1], 16)
+    texts, task = ([e["ids"] for e in some] for some in (examples[8:], examples[:8]))
+    ours, theirs = (copy.deepcopy(tiny[0]) for _ in range(2))
+    bases = train_math.solve(options, ours, texts, examples)
+    groups = train_math.add_adapters(options, ours, bases).param_groups
+    expected = folora.prepare(theirs, [ev.collate(texts, CPU)], [ev.collate(task, CPU)], 0.5, 8, 4,
+                              tau=0.02, lam=2.0, s_min=0.1, basis_rank=16).param_groups
+    for a, b in zip(groups, expected, strict=True):
+        assert (a["lr"], a["scale"]) == (b["lr"], b["scale"])
+        if b["gate"] is not None:
+            close(a["gate"], b["gate"], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("zero_start", [True, False])
 def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
         trajectory, tiny, zero_start):
     model, batches, inputs, _ = trajectory
     ours, texts = copy.deepcopy(model), [b["input_ids"][0].tolist() for b in inputs[:2]]
-    optimizer = folora.prepare(ours, inputs, inputs, 1e-2, 8, zero_start=zero_start, basis_rank=16)
-    losses(ours, optimizer, batches[:2])
+    optimizer = prepare_on(ours, inputs, rank=8, zero_start=zero_start)
+    losses(ours, optimizer, batches)
     moved = ours(**inputs[0]).logits
     kl = train_math.kl_from_untouched(ours, texts) / sum(len(t) - 1 for t in texts)
     assert kl.item() == pytest.approx(ev.drift(ours, model, list(map(torch.tensor, texts))), 1e-3)
@@ -1403,6 +1422,9 @@ def test_the_gradient_is_of_the_whole_batch_and_of_kl_from_the_pretrained_model(
     expected = torch.autograd.grad(loss / labels + 5 * kl, parameters)
     _, norm = train_math.gradients(ours, optimizer, examples, 1, 5.0, texts)
     assert norm == pytest.approx(sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-4)
+    _, norm = train_math.gradients(ours, optimizer, examples, 1, 1e4, texts)
+    clipped = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+    assert clipped == pytest.approx(1.0, 1e-3) and norm > 1
 
 
 # ---- the measurements ----------------------------------------------------------------------------
@@ -1563,7 +1585,7 @@ def test_a_file_is_no_longer_than_its_budget(name, lines, code):
 def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl"), pytest.importorskip("bitsandbytes")
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 205 and len(text.split()) <= 1560
+    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1330
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(ev.TINY)
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
