@@ -1249,7 +1249,7 @@ def test_gradient_checkpointing_runs_the_layers_again_for_the_same_gradient(tiny
 TWO_PROCESSES = """
 import sys, torch, folora, train_math
 train_math.join()
-torch.manual_seed(train_math.RANK)                      # each process would have another basis
+torch.manual_seed(train_math.PROCESS)                   # each process would have another basis
 x, net = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
 task = [{"input": x * torch.arange(1, 9)}]
 optimizer = folora.prepare(net, [{"input": x}], task, 1e-2, 4, target_modules="0", basis_rank=5)
