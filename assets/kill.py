@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import transformers
+os.environ["OMP_NUM_THREADS"] = "1"            # a fork copies one thread and no pool of them
+import transformers  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as ev  # noqa: E402
@@ -135,7 +135,6 @@ def soak(folder, steps=2000, kills=20, every=50):
 
 
 def main():
-    torch.set_num_threads(1)                               # a fork copies one thread
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if sys.argv[1:2] == ["soak"]:
