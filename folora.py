@@ -132,8 +132,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count. In a model whose layers read some of the tokens
-                 only, such as experts, no text may have any.
+                 "attention_mask" is 0 do not count; experts need batches without such tokens.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
