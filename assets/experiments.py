@@ -176,7 +176,6 @@ def load(suite, fresh):
                               answers=answers, texts=texts, C=C)
 
 
-@torch.inference_mode()
 def hidden_cka(shared, model):
     """Linear CKA of the last hidden states of the untouched model and of `model`, on held-out text:
     |Xᵀ Y|² / (|Xᵀ X| |Yᵀ Y|), where X and Y (tokens, d) have columns of mean 0. 1: alike."""
@@ -187,7 +186,6 @@ def hidden_cka(shared, model):
     return ((X.mT @ Y).norm() ** 2 / ((X.mT @ X).norm() * (Y.mT @ Y).norm())).item()
 
 
-@torch.no_grad()
 def penalty(shared, model):
     """E|ΔW x|² / E|W0 x|² on held-out text, the forgetting penalty, as a mean over the layers."""
     shares = []
@@ -198,8 +196,14 @@ def penalty(shared, model):
     return torch.stack(shares).mean().item()
 
 
-def scores_of(shared, model, whole=True):
-    """The scores of a model, or the few that take little time."""
+@torch.no_grad()
+def scores_of(shared, exact, scale=1.0):
+    """The scores of the untouched model plus `scale` times the update in `exact`, rounded to the
+    dtype. Of an update that is scaled, only the scores that take little time."""
+    model, whole = copy.deepcopy(shared.model), scale == 1.0
+    for name in shared.C:
+        W0, W = (m.get_submodule(name).weight for m in (model, exact))
+        W0.copy_(W0 + scale * (W - W0))
     tasks = {name: pairs for name, pairs in shared.tasks.items()
              if whole or name in ("nll", "drift", "prose")}
     scores = ev.evaluate(model, shared.tokenizer, tasks, shared.model, shared.texts)
@@ -220,16 +224,6 @@ def change_optimizer(optimizer, change):
     for group, (name, fields) in itertools.product(optimizer.param_groups, CHANGES.items()):
         if name in change and (name == "one lr" or group.get("basis") is not None):
             group.update(fields)
-
-
-@torch.no_grad()
-def scaled(shared, exact, factor):
-    """The untouched model plus a factor times the update in `exact`, rounded to the dtype."""
-    model = copy.deepcopy(shared.model)
-    for name in shared.C:
-        W0, W = (m.get_submodule(name).weight for m in (model, exact))
-        W0.copy_(W0 + factor * (W - W0))
-    return model
 
 
 def run(shared, suite, setting):
@@ -255,7 +249,7 @@ def run(shared, suite, setting):
           mock.patch.object(train_math, "kl_from_untouched", loss)):
         train_math.train(options, model, optimizer, examples, lambda _: None, Path(out), texts)
     exact = folora.merge(model.float())
-    scores = {str(s): scores_of(shared, scaled(shared, exact, s), s == 1.0) for s in SCALES}
+    scores = {str(scale): scores_of(shared, exact, scale) for scale in SCALES}
     return setting | {"scores": scores.pop("1.0"), "scaled": scores}
 
 
