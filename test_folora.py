@@ -1500,8 +1500,9 @@ def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
 def test_the_report_and_what_is_fresh_from_the_undominated_settings(experiments, tmp_path, capsys):
     """Each further seed is worse by 0.1 in NLL and by 0.02 in KL. Not all settings have two."""
     pytest.importorskip("matplotlib", reason="pip install matplotlib for the figure")
-    lora, part = experiments.METHODS["LoRA"], experiments.PARTS["smollm2"][0]
-    milora, folora = (experiments.METHODS[label][0] for label in ("MiLoRA", "FoLoRA"))
+    named = lambda label, name="smollm2": [
+        setting for some, setting in experiments.settings_of(name) if some == label]
+    lora, (milora, folora, part) = named("LoRA"), (named(n)[0] for n in ("MiLoRA", "FoLoRA", ""))
     measured = [(lora[0], 2, 3.0, 0.1), (lora[1], 2, 2.5, 0.9), (lora[2], 2, 2.0, 0.3),
                 (lora[3], 3, 2.2, 0.3), (milora, 2, 2.5, 0.05), (folora, 1, 2.1, 0.8),
                 (part, 1, 1.5, 0.25)]
@@ -1538,8 +1539,7 @@ def test_the_report_and_what_is_fresh_from_the_undominated_settings(experiments,
         f"smollm2, {len(points)} points, rank correlation with prose: "
         f"{{'drift': 1.0, 'penalty': {rho:.2f}, 'cka': -1.0}}"]
     assert (tmp_path / "tradeoff.png").exists()
-    fresh = experiments.fronts("smollm2-fresh")["LoRA"]
-    assert fresh == [lora[0], lora[2]]                          # of those that are not scaled
+    assert named("LoRA", "smollm2-fresh") == [lora[0], lora[2]]  # of those that are not scaled
     seeds = [{run["seed"] for run in experiments.wanted(name)}
              for name in ("smollm2", "smollm2-fresh")]
     assert seeds == [{0}, {3, 4, 5}] and experiments.FRESH_TEXT["seed"] != ev.HELD_OUT_SEED

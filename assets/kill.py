@@ -83,7 +83,8 @@ def die_writing(name, version):
 
 def start(arguments, moment=()):
     """The process id of a copy of this process that trains, and dies at the moment."""
-    if pid := os.fork():
+    pid = os.fork()
+    if pid > 0:
         return pid
     try:
         if moment:
@@ -105,14 +106,6 @@ def result(out):
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
     compared = ("metrics.jsonl", "adapter/adapter_model.safetensors")
     return [(out / name).read_bytes() for name in compared], files
-
-
-def kill_and_resume(moment, out, arguments=ARGUMENTS):
-    """The result of a run that was killed at a moment and then resumed."""
-    arguments = [*arguments, "--out", str(out)]
-    assert killed(start(arguments, MOMENTS[moment]))[0], f"{moment}: never came"
-    train_math.main(arguments)
-    return result(out)
 
 
 def soak(folder, steps=2000, kills=20, every=50):
@@ -140,10 +133,13 @@ def main():
         if sys.argv[1:2] == ["soak"]:
             return soak(folder, *map(int, sys.argv[2:]))
         train_math.main([*ARGUMENTS, "--out", str(folder / "whole")])
-        for number, moment in enumerate(MOMENTS):
-            same = kill_and_resume(moment, folder / str(number)) == result(folder / "whole")
-            print(f"{moment}: {'the same' if same else 'DIFFERENT'}", flush=True)
-            assert same
+        for number, (moment, when) in enumerate(MOMENTS.items()):
+            out = folder / str(number)
+            arguments = [*ARGUMENTS, "--out", str(out)]
+            assert killed(start(arguments, when))[0], f"{moment}: never came"
+            train_math.main(arguments)
+            assert result(out) == result(folder / "whole"), f"{moment}: not the same"
+            print(f"{moment}: the same", flush=True)
 
 
 if __name__ == "__main__":
