@@ -1,20 +1,23 @@
-"""What FoLoRA costs beside LoRA in training: the time of a step, and the optimiser's memory.
+"""What FoLoRA costs beside LoRA in time and memory.
 
-    python assets/bench.py --model SMOLLM2_DIR
+    python assets/bench.py --model SMOLLM2_DIR       # all rows; a GPU's only where there is one
     python assets/bench.py --model tiny --quick      # small and once: does the script run?
 
-The methods' runs alternate. assets/bench.json keeps the median, the least and the greatest of the
-repetitions. Times belong to their machine; the ratios are what to compare.
+Where methods are compared, their runs alternate. assets/bench.json keeps the median, the least and
+the greatest of the repetitions. Times belong to their machine; the ratios are what to compare.
 """
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as ev  # noqa: E402
@@ -24,6 +27,9 @@ import train_math  # noqa: E402
 METHODS = {"LoRA": None, "FoLoRA, k = 64": 64, "FoLoRA, k = 128": 128, "FoLoRA, k = all": 0}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPE = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+             head_dim=128, intermediate_size=6144, vocab_size=151936, tie_word_embeddings=True)
+SMALL = dict(SHAPE, hidden_size=64, num_hidden_layers=2, head_dim=8, intermediate_size=128)
 # Each of Qwen3-1.7B's 28 blocks has four inputs: their widths, and those of what reads them.
 QWEN3 = [(2048, (2048, 1024, 1024)), (2048, (2048,)), (2048, (6144, 6144)), (6144, (2048,))] * 28
 
@@ -42,11 +48,16 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def alternate(works, repetitions):
+def alternate(works, repetitions, warm_up=1):
     """[[seconds of each repetition] of each work], run as A B A B, after a round that does not
     count."""
-    rounds = [[seconds(work) for work in works] for _ in tqdm(range(1 + repetitions))]
-    return list(zip(*rounds[1:]))
+    rounds = [[seconds(work) for work in works] for _ in tqdm(range(warm_up + repetitions))]
+    return list(zip(*rounds[warm_up:]))
+
+
+def random_model(shape):
+    with DEVICE:
+        return Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().eval()
 
 
 def adapted(model, k, rank, batch, length, micro):
@@ -70,7 +81,7 @@ def adapted(model, k, rank, batch, length, micro):
     return step, optimizer
 
 
-def step_rows(load, name, repetitions, rank, batch, length, micro=8):
+def step_rows(load, name, repetitions, bar, rank, batch, length, micro=8):
     """The whole training step, and the optimiser's part of it. `load` returns a new model."""
     steps, optimizers = zip(*(adapted(load(), k, rank, batch, length, micro)
                               for k in METHODS.values()))
@@ -83,7 +94,7 @@ def step_rows(load, name, repetitions, rank, batch, length, micro=8):
     for method, times, parts in zip(list(METHODS)[1:], whole, own):
         ratios = [a / b for a, b in zip(times, lora)]
         shares = [(a - b) / statistics.median(lora) for a, b in zip(parts, adam)]
-        yield row(f"training {what}: {method} / LoRA", ratios, 1.016, 1.003)
+        yield row(f"training {what}: {method} / LoRA", ratios, 1.016, bar)
         yield row(f"optimiser {what}: {method} - LoRA as share of LoRA's training step", shares)
 
 
@@ -98,21 +109,106 @@ def memory_rows(rank=128):
         yield row(f"bases and moments by formula, Qwen3-1.7B, r={rank}: {method}, GB", [size / 1e9])
 
 
+def solve(model, ids, rank, k):
+    """FoLoRA's preparation. It reads the texts again, for C_task."""
+    flags = f"--micro-batch-size 16 --rank {rank} --basis-rank {k}".split()
+    options = train_math.parse_options(flags)
+    train_math.solve(options, model, ids, [{"ids": text} for text in ids])
+
+
+@torch.no_grad()
+def corda(model, ids, rank):
+    """PEFT's preparation of CorDA. Its hooks take one text at a time."""
+    from peft.tuners.lora import config, corda
+    lora = config.LoraConfig(r=rank, target_modules=list(folora.TARGET_MODULES),
+                             corda_config=config.CordaConfig(corda_method="kpm"))
+    corda.preprocess_corda(model, lora, run_model=lambda: [
+        model(torch.tensor([text]), use_cache=False, logits_to_keep=1) for text in ids])
+
+
+def preparation(name, layers, texts, rank, *more):
+    """(seconds, GB added to the peak memory), on the CPU, for a process of its own."""
+    peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    model, _ = ev.load_model(name, "cpu", torch.bfloat16)
+    model.model.layers = model.model.layers[:layers]
+    ids = torch.randint(10, model.config.vocab_size, texts).tolist()
+    Path("/proc/self/clear_refs").write_text("5")          # resets VmHWM, on Linux
+    before = peak()
+    return seconds(lambda: (solve if more else corda)(model, ids, rank, *more)), peak() - before
+
+
+def preparation_rows(name, repetitions, layers, texts, rank):
+    kinds = {"k = 64": (64,), "k = all": (0,), "CorDA": ()}
+    runs = {kind: [] for kind in kinds}
+    for kind, more in tqdm(list(kinds.items()) * repetitions, desc="preparation"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            runs[kind].append(pool.submit(preparation, name, layers, texts, rank, *more).result())
+    theirs = runs.pop("CorDA")
+    for kind, ours in runs.items():
+        what = f"preparation, {layers} layers, {texts[0]} x {texts[1]} tokens, rank {rank}, {kind}"
+        for i, part, unit, bar in ((0, "time", "s", 3), (1, "peak memory added", "GB", 1)):
+            ratios = [b[i] / a[i] for a, b in zip(ours, theirs)]
+            yield row(f"{what}: {part}, {unit}", [a[i] for a in ours])
+            yield row(f"{what}: {part}, PEFT's CorDA / FoLoRA", ratios, None, bar)
+
+
+def eigen_rows(d, repetitions, tokens=12000, rank=128):
+    """One input with a decaying spectrum, solved in full and by block iterations."""
+    scale = torch.logspace(0, -3, d)
+    x = [(torch.randn(tokens, d) * scale[torch.randperm(d)]).to(DEVICE) for _ in range(2)]
+    C_pre, C_task = (x.mT @ x * d / x.square().sum() for x in x)             # mean eigenvalue 1
+    basis = lambda k: folora.generalized_eigenbasis(C_task, C_pre, 0.01, k)
+    full = lambda: (basis(None), torch.linalg.eigh(C_pre)[1][:, :rank].mT.contiguous())
+    part = lambda: (basis(64), folora.null_space(C_pre, rank))
+    whole, parts = alternate([full, part], repetitions, warm_up=0)
+    yield row(f"one input of d_in = {d} solved: k = 64, r = {rank}, s", parts)
+    ratios = [a / b for a, b in zip(whole, parts)]
+    yield row(f"one input of d_in = {d} solved: full / k = 64, r = {rank}", ratios, None, 5)
+
+
+def gpu_rows(quick, count):
+    """The paper's setting. With quick: small shapes, and on a CPU all but the memory."""
+    shape, name = (SMALL, "small shapes") if quick else (SHAPE, "Qwen3-1.7B's shapes")
+    rank, length, batch, texts = (8, 64, 8, 16) if quick else (128, 512, 128, 2000)
+    for method, k in METHODS.items() if CUDA else ():
+        step, _ = adapted(random_model(shape), k, rank, batch, length, 16)
+        torch.cuda.reset_peak_memory_stats()
+        step(), step()                                     # the second has the moments
+        size = torch.cuda.max_memory_allocated() / 1e9
+        yield row(f"peak memory of a step, {name}: {method}, GB", [size], 56.9, 30)
+    yield from step_rows(lambda: random_model(shape), name, count, 1.005, rank, batch, length, 16)
+    model, ids = random_model(shape), torch.randint(10, 1000, (texts, length)).tolist()
+    options, C = train_math.parse_options(["--micro-batch-size", "16"]), []
+    collect = lambda: C.extend(train_math.covariances(options, model, some, "covariances")
+                               for some in (ids, ids[:256]))
+    yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
+    for k in (64, None):
+        decompose = lambda k=k: folora.decompose(*C, rank, 0.01, k, device=DEVICE)
+        yield row(f"eigenproblems, k = {k or 'all'}, s", [seconds(decompose)], 28, 15)
+    tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
+    sample = lambda: folora.sample_calibration(model, tokenizer, texts, length // 4, length, 256)
+    yield row(f"{texts} texts of up to {length} tokens sampled, s", [seconds(sample)], 1146, 200)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--quick", action="store_true", help="small, once, nothing written")
     options = parser.parse_args()
-    name, size = Path(options.model).name, (1, 8, 4, 32) if options.quick else (3, 64, 16, 200)
+    name, quick = Path(options.model).name, options.quick
+    count, rank, layers, batch, length = (1, 8, 2, 4, 32) if quick else (3, 64, 6, 16, 200)
     load = lambda: ev.load_model(options.model, DEVICE, torch.bfloat16)[0]
-    rows = [*step_rows(load, name, *size), *memory_rows()]
+    rows = [*step_rows(load, name, count, 1.003, rank, batch, length),
+            *preparation_rows(options.model, count, layers, (32, length), rank),
+            *memory_rows(), *eigen_rows(320 if quick else 8960, 1),
+            *(gpu_rows(quick, count) if CUDA or quick else ())]
     print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
     for r in rows:
         spread = f"{r['median']:.4g} ({r['least']:.4g} to {r['greatest']:.4g}, {r['n']})"
         print(f"| {r['row']} | {spread} | {r['paper'] or ''} | {r['bar'] or ''} |")
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     results = {"model": name, "torch": torch.__version__, "device": device, "rows": rows}
-    if not options.quick:
+    if not quick:
         Path(__file__).with_name("bench.json").write_text(json.dumps(results, indent=1))
 
 
