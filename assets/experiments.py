@@ -14,8 +14,8 @@ import copy
 import hashlib
 import itertools
 import json
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -46,7 +46,7 @@ SMOLLM2, GEMMA3 = "--model SmolLM2-135M-Instruct " + REAL, "--model google/gemma
 SUITES = {"tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 160",
           "smollm2": SMOLLM2 + "--max-steps 40 --eval-samples 64",
           "smollm2-fresh": SMOLLM2 + "--max-steps 40 --eval-samples 250",
-          "smollm2-long": SMOLLM2 + "--max-steps 400 --eval-samples 250",
+          "smollm2-long": SMOLLM2 + "--max-steps 400 --eval-samples 250 --log-every 20",
           "gemma3": GEMMA3 + "--max-steps 40 --eval-samples 64",
           "gemma3-fresh": GEMMA3 + "--max-steps 40 --eval-samples 250"}
 # Rows of a method's label, a command with | between alternatives, and a change (change_optimizer).
@@ -245,11 +245,14 @@ def run(shared, suite, setting):
     change_optimizer(optimizer, change or "")
     # Replay takes the place of the KL penalty in the loop: a loss on old texts, with a weight.
     loss = baselines.replay if change == "replay" else train_math.kl_from_untouched
-    with (tempfile.TemporaryDirectory() as out,
-          mock.patch.object(train_math, "kl_from_untouched", loss)):
-        train_math.train(options, model, optimizer, examples, lambda _: None, Path(out), texts)
+    # An interrupted run goes on from the checkpoint in this directory.
+    out = CACHE / hashlib.sha1(json.dumps([suite, setting]).encode()).hexdigest()
+    out.mkdir(exist_ok=True)
+    with mock.patch.object(train_math, "kl_from_untouched", loss):
+        train_math.train(options, model, optimizer, examples, lambda _: None, out, texts)
     exact = folora.merge(model.float())
     scores = {str(scale): scores_of(shared, exact, scale) for scale in SCALES}
+    shutil.rmtree(out)
     return setting | {"scores": scores.pop("1.0"), "scaled": scores}
 
 
@@ -334,7 +337,7 @@ def shown(values):
     if values.empty or values.hasnans:
         return "-"
     mean = values.mean()
-    digits = numpy.select([mean > 3, mean > 0.1], [1, 3], 4)
+    digits = numpy.select([mean > 10, mean > 0.1, mean > 0.001], [1, 3, 4], 6)
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 
