@@ -33,8 +33,8 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pandas
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +56,7 @@ TASKS = {
                  "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "webqs": ("preserve", "Question: {}\nAnswer:", "stanfordnlp/web_questions", None, "test"),
     "nll": ("measure", None, "openai/gsm8k", "main", "test"),
-    "prose": ("measure", None, None), "drift": ("measure", None, None)}
+    "prose": ("measure", None, "prose.jsonl"), "drift": ("measure", None, None)}
 for skill in ("facts", "sort", "reverse", "sums"):
     TASKS[skill] = ("preserve", NQ_OPEN, str(TINY / f"{skill}.jsonl"))
 UNITS = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
@@ -72,6 +72,10 @@ HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math
 
 class UserError(Exception):
     """A mistake that the user can mend. The first line of its text says what to do."""
+
+
+MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError,
+            KeyboardInterrupt)
 
 
 def need(condition, message):
@@ -96,12 +100,10 @@ def one_line(main):
     def guarded(arguments=None):
         try:
             return main(arguments)
-        except (UserError, ValueError, OSError, MemoryError, RuntimeError, FloatingPointError,
-                KeyboardInterrupt) as error:
+        except (*MENDABLE, ValueError, RuntimeError) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            bug = isinstance(error, (ValueError, RuntimeError)) and source != folora.__file__
-            if bug and not memory:
+            known = source == folora.__file__ or "allocate memory" in str(error)
+            if not known and not isinstance(error, MENDABLE):
                 raise
             name = type(error).__name__.replace("KeyboardInterrupt", "interrupted")
             message = str(error).strip() or name
@@ -136,9 +138,8 @@ def find_model(name):
         path /= "merged" if (path / "merged").exists() else "adapter"
     if (path / "adapter_config.json").exists():
         config = json.loads((path / "adapter_config.json").read_text())
-        run = run or {"model": config.get("base_model_name_or_path")}
-        need(run["model"], f"{path}: its adapter_config.json names no base model")
-        return resolve_model(run["model"]), path, run
+        run = run or {"model": config["base_model_name_or_path"] or f"the base of {path}"}
+        return find_model(run["model"])[0], path, run
     if (path / "tokenizer_config.json").exists():
         return str(path), None, run
     need(not path.exists(), f"{name}: neither a checkpoint, nor a PEFT adapter, nor a finished run")
@@ -146,11 +147,6 @@ def find_model(name):
     need(re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", owner + name),
          f"{name}: no such directory, and no short name (Qwen2.5-1.5B) or hub id (owner/name)")
     return owner + re.sub("^Llama-2-7b$", "Llama-2-7b-hf", name), None, {}
-
-
-def resolve_model(name):
-    """The directory or hub id with the weights of a MODEL, without its adapter if it has one."""
-    return find_model(name)[0]
 
 
 def pick_device(device, dtype):
@@ -217,26 +213,25 @@ def read_rows(source, config=None, split="train", limit=None):
     rows = []
     for number, line in enumerate(lines, 1):
         with blame(f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"):
-            rows.append(dict(json.loads(line.decode("utf-8-sig"))))
+            rows.append(dict(json.loads(line)))
     return rows[:limit]
 
 
 def texts_in(row, names, source, number):
-    """The texts in the first of the fields `names` that is not empty: one text, a list of texts, or
-    TriviaQA's {"aliases": list}."""
-    value = next((row[name] for name in names.split() if row.get(name)), None)
+    """The texts in the first of the fields "a or b" that is not empty: one text, a list of texts,
+    or TriviaQA's {"aliases": list}."""
+    value = next((row[name] for name in names.split(" or ") if row.get(name)), None)
     value = value.get("aliases") if isinstance(value, dict) else value
     values = value if isinstance(value, list) else [value]
     texts = [text for text in values if isinstance(text, str) and text.strip()]
-    shown = " or ".join(names.split())
-    need(texts, f"{source}, line {number}: no field called {shown} with a text in it: {[*row]}")
+    need(texts, f"{source}, line {number}: no field called {names} with a text in it: {[*row]}")
     return texts
 
 
 def given_texts(source, limit):
     """The texts of a .jsonl file or of a hub data set."""
     rows = enumerate(read_rows(source, limit=limit), 1)
-    return [texts_in(row, "text question", source, number)[0] for number, row in rows]
+    return [texts_in(row, "text or question", source, number)[0] for number, row in rows]
 
 
 def to_pairs(rows, source):
@@ -244,12 +239,13 @@ def to_pairs(rows, source):
     MetaMathQA, and its <<calculator>> notes are removed."""
     pairs = []
     for number, row in enumerate(rows, 1):
-        asked = texts_in(row, "question query instruction problem", source, number)[0]
+        asked = texts_in(row, "question or query or instruction or problem", source, number)[0]
         asked += f"\n{row['input']}" if row.get("input") else ""
-        texts = texts_in(row, "answers answer response output solution", source, number)
+        names = "answers or answer or response or output or solution"
+        texts = texts_in(row, names, source, number)
         texts = [re.sub(r"<<[^<>]*>>", "", text) for text in texts]
-        pairs.append((asked, [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text)
-                              for text in texts]))
+        texts = [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text) for text in texts]
+        pairs.append((asked, texts))
     return pairs
 
 
@@ -266,16 +262,14 @@ def load_tasks(names, limit=None):
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")
         need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        _, _, source, *part = TASKS[name]
-        source = path or source
+        source = path or TASKS[name][2]
         if name == "prose":
-            need(source, "prose needs a file of texts: prose=FILE.jsonl")
-            tasks[name] = [(None, [text]) for text in given_texts(source, limit)]
+            tasks[name] = given_texts(source, limit)
         else:
-            rows = read_rows(source, *part, limit=limit) if source else []
+            rows = read_rows(source, *TASKS[name][3:], limit=limit) if source else []
             tasks[name] = to_pairs(rows, source)
-        for number, (_, answers) in enumerate(tasks[name], 1):
-            need(name != "gsm8k" or final_number(answers[0]) is not None,
+        for number, (_, answers) in enumerate(tasks[name] if name == "gsm8k" else [], 1):
+            need(final_number(answers[0]) is not None,
                  f"{source}, line {number}: its answer has no number after #### or The answer is:")
     return tasks
 
@@ -301,9 +295,9 @@ def encode_all(tokenizer, pairs, max_length):
 
 
 def collate(examples, device, side="right"):
-    """A padded batch of encoded examples, or of token lists, which are their own labels."""
+    """A padded batch of encoded examples, or of token sequences, which are their own labels."""
     examples = [e if isinstance(e, dict) else {"ids": e, "labels": e} for e in examples]
-    ids, labels = ([torch.LongTensor(e[key]) for e in examples] for key in ("ids", "labels"))
+    ids, labels = ([torch.as_tensor(e[key]) for e in examples] for key in ("ids", "labels"))
     pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, True, fill, side).to(device)
     return {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(i) for i in ids], 0),
             "labels": pad(labels, -100)}
@@ -330,7 +324,7 @@ def logits_of(model, batch):
 
 def summed_nll(model, batch):
     """The sum of the losses at the batch's labels, in nat."""
-    return F.cross_entropy(*logits_of(model, batch), reduction="sum")
+    return torch.nn.functional.cross_entropy(*logits_of(model, batch), reduction="sum")
 
 
 @torch.inference_mode()
@@ -344,14 +338,15 @@ def mean_nll(model, examples, batch_size=8):
 
 def summed_kl(log_p, logits):
     """The sum over positions of KL(p || softmax(logits)), in nat; both are (n, vocabulary)."""
-    return F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="sum")
+    kl_div = torch.nn.functional.kl_div
+    return kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="sum")
 
 
 @torch.inference_mode()
 def drift(model, reference, texts, batch_size=4):
     """The mean of KL(reference || model) over all next-token positions of the texts, in nat."""
     total = 0.0
-    for some in by_length([text.tolist() for text in texts], batch_size):
+    for some in by_length(texts, batch_size):
         batch = collate(some, model.device)
         log_p = logits_of(reference, batch)[0].log_softmax(-1)
         total += summed_kl(log_p, logits_of(model, batch)[0]).item()
@@ -402,8 +397,7 @@ def begins_with(tokenizer, prompt, written, answers):
     """Whether the greedy continuation begins with the tokens of an accepted answer, that is whether
     each of these is the likeliest one given those before it."""
     start = len(tokenizer(prompt)["input_ids"])
-    choices = [tokenizer(f"{prompt} {answer}")["input_ids"][start:]
-               for answer in shortest_prefixes(answers)]
+    choices = [tokenizer(f"{prompt} {a}")["input_ids"][start:] for a in shortest_prefixes(answers)]
     return any(written[:len(tokens)] == tokens for tokens in choices)
 
 
@@ -441,8 +435,8 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
         if name == "nll":
             scores[name] = mean_nll(model, encode_all(tokenizer, pairs, longest))
         elif name == "prose":
-            texts_ids = [tokenizer(text)["input_ids"][:longest] for _, (text,) in pairs]
-            scores[name] = mean_nll(model, [{"ids": ids, "labels": ids} for ids in texts_ids])
+            ids = [tokenizer(text)["input_ids"][:longest] for text in pairs]
+            scores[name] = mean_nll(model, [{"ids": text, "labels": text} for text in ids])
         elif name == "drift":
             scores[name] = drift(model, reference, texts) if reference is not None else 0.0
         else:
@@ -474,10 +468,10 @@ def harness(model, tokenizer, manager, names, limit=None):
     from lm_eval.models.huggingface import HFLM
 
     size = "auto" if model.device.type == "cuda" else 8
-    wrapped = HFLM(model, tokenizer=tokenizer, batch_size=size)
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    done = simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit,
-                           bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=allowed)
+    done = simple_evaluate(
+        HFLM(model, tokenizer=tokenizer, batch_size=size), tasks=names, task_manager=manager,
+        limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=allowed)
     return {name: harness_score(done["results"][name]) for name in names}
 
 
@@ -512,16 +506,10 @@ def table(columns):
     """{column: scores} as aligned text. A single column has nothing to be compared with."""
     first = next(iter(columns.values())) if len(columns) > 1 else None
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
-    rows = list(dict.fromkeys(row for scores in full.values() for row in scores))
-    label, width = max([8, *map(len, rows)]) + 2, max(10, *map(len, full)) + 2
-    lines = [" " * (label + 14) + "".join(f"{name:>{width}}" for name in full)]
-    for row in rows:
-        lines += ["-" * len(lines[0])] * (row == "Avg1")
-        digits = 4 if role(row) == "measure" else 2
-        cells = [f"{scores[row]:.{digits}f}" if row in scores else "" for scores in full.values()]
-        start = f"{row:{label}}{UNITS[role(row)]:14}"
-        lines.append(start + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+    digits = lambda row: "{:.4f}" if role(row.name) == "measure" else "{:.2f}"
+    shown = pandas.DataFrame(full).apply(lambda row: row.map(digits(row).format, "ignore"), axis=1)
+    shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]
+    return shown.fillna("").to_string()
 
 
 @one_line
@@ -529,11 +517,9 @@ def main(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, message)              # one line, without the usage
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: "
-                        f"{default_tasks('Qwen')}; tiny has its own)")
+    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: by model)")
     parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
-    parser.add_argument("--harness-metadata", type=json.loads, metavar="JSON",
-                        help="for tasks that take it, such as '{\"max_seq_lengths\": \"4k\"}'")
+    parser.add_argument("--harness-metadata", type=json.loads, help="JSON, for some of its tasks")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda if any")
@@ -547,9 +533,8 @@ def main(arguments=None):
     names = default_tasks(run["model"]) if options.tasks is None else options.tasks
     tasks, reference, texts, columns = load_tasks(names, options.limit), None, None, {}
     if "drift" in tasks:
-        bases = [resolve_model(other.get("model", run["model"])) for other in runs]
-        need(len(set(bases)) == 1,
-             "drift is from one untouched model, and these runs have several: score them apart")
+        bases = {find_model(other.get("model", run["model"]))[0] for other in runs}
+        need(len(bases) == 1, "drift is from one untouched model, and these have several bases")
         reference, tokenizer = load_model(run["model"], device, dtype)
         length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
         texts = held_out(reference, tokenizer, length)
