@@ -35,6 +35,7 @@ import datasets
 import huggingface_hub
 import pandas
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,7 +44,7 @@ import folora
 
 TINY = Path(__file__).resolve().parent / "tiny"
 OWNERS = {"Qwen": "Qwen/", "Llama": "meta-llama/", "SmolLM": "HuggingFaceTB/"}     # of short names
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\n{}\n\n### Response:")
 MATHS = ALPACA + " Let's think step by step."        # CorDA's prompt for maths
@@ -62,8 +63,7 @@ for skill in ("facts", "sort", "reverse", "sums"):
 UNITS = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
 HELD_OUT_SEED = 1000
 # Of the scores that lm-eval gives a task, the first in this list is shown, else the task's first.
-HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_1", "exact_match",
-                  "em", "acc")
+HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "exact_match", "em", "acc")
 # lm-eval's tasks that begin so count as target tasks, all others as preservation.
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
 
@@ -74,8 +74,7 @@ class UserError(Exception):
     """A mistake that the user can mend. The first line of its text says what to do."""
 
 
-MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError,
-            KeyboardInterrupt)
+MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError)
 
 
 def need(condition, message):
@@ -100,13 +99,14 @@ def one_line(main):
     def guarded(arguments=None):
         try:
             return main(arguments)
+        except KeyboardInterrupt:
+            message, status = "interrupted", 2
         except (*MENDABLE, ValueError, RuntimeError) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
             known = source == folora.__file__ or "allocate memory" in str(error)
             if not known and not isinstance(error, MENDABLE):
                 raise
-            name = type(error).__name__.replace("KeyboardInterrupt", "interrupted")
-            message = str(error).strip() or name
+            message = str(error).strip() or type(error).__name__
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
@@ -150,13 +150,12 @@ def find_model(name):
 
 
 def pick_device(device, dtype):
-    """torch's device and dtype; auto: bfloat16 on a GPU if there is one, else float32 on a CPU."""
+    """torch's device, and a dtype's name; auto: bfloat16 on a GPU if any, else float32 on a CPU."""
     with blame(f"--device {device}: it is cpu, cuda or cuda:1"):
         best = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device.replace("auto", best))
         torch.empty(0, device=device)                # fails if there is no such GPU
-    dtype = dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
-    return device, DTYPES[dtype]
+    return device, dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
 
 
 @torch.no_grad()
@@ -165,15 +164,14 @@ def add_adapter(model, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
     changed = re.match("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
-    need(not changed and not config.get("alpha_pattern") and not config.get("use_dora"),
-         "more than LoRA on the untouched weights: merge it with PEFT")
+    need(not changed and not config.get("alpha_pattern"), "not plain LoRA: merge it with PEFT")
     for key in [key for key in weights if key.endswith(".lora_A.weight")]:
         A, B = (weights.pop(key.replace("lora_A", side)).float() for side in ("lora_A", "lora_B"))
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         update = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1) * B @ A
         weight = model.get_submodule(name).weight
         weight.copy_(weight + (update.T if config.get("fan_in_fan_out") else update))
-    need(not weights, f"more than LoRA: {next(iter(weights), '')} (merge it with PEFT)")
+    need(not weights, f"not plain LoRA: {next(iter(weights), '')} (merge it with PEFT)")
 
 
 def load_model(name, device, dtype):
@@ -268,7 +266,7 @@ def load_tasks(names, limit=None):
         else:
             rows = read_rows(source, *TASKS[name][3:], limit=limit) if source else []
             tasks[name] = to_pairs(rows, source)
-        for number, (_, answers) in enumerate(tasks[name] if name == "gsm8k" else [], 1):
+        for number, (_, answers) in enumerate(tasks[name] if name == "gsm8k" else (), 1):
             need(final_number(answers[0]) is not None,
                  f"{source}, line {number}: its answer has no number after #### or The answer is:")
     return tasks
@@ -324,7 +322,7 @@ def logits_of(model, batch):
 
 def summed_nll(model, batch):
     """The sum of the losses at the batch's labels, in nat."""
-    return torch.nn.functional.cross_entropy(*logits_of(model, batch), reduction="sum")
+    return F.cross_entropy(*logits_of(model, batch), reduction="sum")
 
 
 @torch.inference_mode()
@@ -338,8 +336,7 @@ def mean_nll(model, examples, batch_size=8):
 
 def summed_kl(log_p, logits):
     """The sum over positions of KL(p || softmax(logits)), in nat; both are (n, vocabulary)."""
-    kl_div = torch.nn.functional.kl_div
-    return kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="sum")
+    return F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="sum")
 
 
 @torch.inference_mode()
@@ -453,8 +450,7 @@ def harness_tasks(names, metadata=None):
         from lm_eval.tasks import TaskManager
     manager, names = TaskManager(metadata=metadata), names.split(",")
     reach_hub()
-    with blame(f"lm-eval cannot load {names} (ifeval and mathematics: pip install "
-               "lm-eval[ifeval,math]; humaneval and mbpp: HF_ALLOW_CODE_EVAL=1)"):
+    with blame(f"lm-eval cannot load {names} (try lm-eval[ifeval,math] or HF_ALLOW_CODE_EVAL=1)"):
         loaded = manager.load(names)
     scored = {name for name, group in loaded["groups"].items() if group.has_aggregation}
     unscored = set(names) - scored - set(loaded["tasks"])
@@ -509,7 +505,7 @@ def table(columns):
     digits = lambda row: "{:.4f}" if role(row.name) == "measure" else "{:.2f}"
     shown = pandas.DataFrame(full).apply(lambda row: row.map(digits(row).format, "ignore"), axis=1)
     shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]
-    return shown.fillna("").to_string()
+    return shown.to_string(na_rep="")
 
 
 @one_line

@@ -63,13 +63,12 @@ def between(kind, low, high=1e9):
 
 COUNT, NATURAL, SWITCH = between(int, 1), between(int, 0), between(int, 0, 1)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
-TARGETS = ",".join(folora.TARGET_MODULES)
 OPTIONS = [       # flag, type or choices, default (None: see the end of --help), text, whose it is
     ("--model", str, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
     ("--method", ("folora", "lora"), "folora", "lora is plain LoRA [the paper's]"),
     ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
     ("--compare", ("lora", "no"), "no", "lora: train LoRA after FoLoRA; so with tiny [ours]"),
-    ("--target-modules", str, TARGETS, "or all-linear: all but the output layer [the paper's]"),
+    ("--target-modules", str, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
     ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
     ("--alpha", POSITIVE, None, "scaling alpha / rank; none: 1 [ours]"),
@@ -127,7 +126,7 @@ def resolve(options):
     device, dtype = ev.pick_device(options.device, options.dtype)
     if device.type == "cuda":                        # by number; a resumed run may get another GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-    options.device, options.dtype = device.type, str(dtype).removeprefix("torch.")
+    options.device, options.dtype = device.type, dtype
 
 
 # ---- the run's directory -------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def load(options):
     config = "main" if options.data == "openai/gsm8k" else None
     rows = ev.read_rows(options.data, config, limit=options.max_samples)
     pairs = ev.to_pairs(rows, options.data)
-    model, tokenizer = ev.load_model(options.model, options.device, ev.DTYPES[options.dtype])
+    model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
     folora.find_targets(model, options.target_modules.split(","), options.rank)
     longest = max(options.max_length, options.calibration_max_tokens + 1)
     ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
@@ -246,7 +245,7 @@ def add_adapters(options, model, bases=None):
     """Adapters in place; returns the optimiser. FoLoRA needs `bases` from solve."""
     if options.method == "folora":
         return folora.attach(model, bases, options.lr, options.alpha, options.lam, options.s_min,
-                             bool(options.zero_start))
+                             options.zero_start)
     model.requires_grad_(False)
     targets = folora.find_targets(model, options.target_modules.split(","), options.rank)
     for name, base in targets.items():
@@ -353,13 +352,13 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [examples[i] for i in batches[step]]
-        first, count = step * options.kl_texts, options.kl_texts if options.kl else 0
-        some = [texts[i % len(texts)] for i in range(first, first + count)]
+        first = step * options.kl_texts
+        some = [texts[(first + i) % len(texts)] for i in range(options.kl_texts) if options.kl]
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint is of "
-                f"step {done}. Start again with a lower --lr and another --out")
+                f"step {step - step % options.log_every}. Take a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
         if PROCESS > 0:                                 # the first process writes the files
@@ -374,7 +373,6 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
-            done = step + 1
     recompute(model, False)
 
 
@@ -383,9 +381,8 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
 def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
     own, bases, reference = (), None, None
-    length = min(256, options.calibration_max_tokens)
-    texts = once(out / "held_out.json",
-                 lambda: [text.tolist() for text in ev.held_out(model, tokenizer, length)])
+    held_out = lambda: ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    texts = once(out / "held_out.json", lambda: [text.tolist() for text in held_out()])
     before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
         own = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
