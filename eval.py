@@ -153,8 +153,7 @@ def pick_device(device, dtype):
     """torch's device, and a dtype's name; auto: bfloat16 on a GPU if any, else float32 on a CPU."""
     with blame(f"--device {device}: it is cpu, cuda or cuda:1"):
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device.replace("auto", best))
-        torch.empty(0, device=device)                # fails if there is no such GPU
+        device = torch.empty(0, device=device.replace("auto", best)).device   # fails without it
     return device, dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
 
 

@@ -137,15 +137,14 @@ def claim(out, options):
     config, ours = out / "config.json", vars(options)
     if config.exists():
         theirs = read(config).get("options", {})
-        differ = {name for name, value in ours.items() if theirs.get(name) != value}
-        differ = ", ".join(sorted(differ - RESUME_MAY_CHANGE))
-        ev.need(not differ, f"{out} holds a run with another {differ}: give another --out")
+        differ = [n for n in sorted(ours.keys() - RESUME_MAY_CHANGE) if theirs.get(n) != ours[n]]
+        ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give a new --out")
     else:
         others = {path.name for path in out.iterdir()} - {"lock", "config.json.part"}
         ev.need(not others, f"{out} holds other files and no run: give another --out")
+    # Nobody closes this file: it is locked while we live.
     with ev.blame(f"{out}: another process is at work on this run, or no file can be locked"):
-        lock = os.open(out / "lock", os.O_CREAT | os.O_WRONLY)      # kept open while we live
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     once(config, lambda: {"torch": torch.__version__, "options": ours})
 
 
