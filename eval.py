@@ -74,6 +74,7 @@ class UserError(Exception):
     """A mistake that the user can mend. The first line of its text says what to do."""
 
 
+# These end a script in one line; ValueError and RuntimeError do so only if folora.py raises them.
 MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError)
 
 
@@ -253,8 +254,8 @@ def default_tasks(model):
 
 
 def load_tasks(names, limit=None):
-    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". All data is read and checked now, so that a
-    mistake in it does not show after an hour."""
+    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift"; prose has texts, and drift nothing. All data
+    is read and checked now, so that a mistake in it does not show after an hour."""
     tasks = {}
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")

@@ -367,8 +367,7 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
                       "drift": probe(model) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
         if due:                                      # the checkpoint last: it ends these steps
-            log = "".join(f"{json.dumps(line)}\n" for line in lines)
-            (out / "metrics.jsonl").write_text(log)
+            (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
