@@ -254,8 +254,8 @@ def default_tasks(model):
 
 
 def load_tasks(names, limit=None):
-    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift"; prose has texts, and drift nothing. All data
-    is read and checked now, so that a mistake in it does not show after an hour."""
+    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". prose has texts instead, and drift nothing.
+    All data is read and checked now, so that a mistake in it does not show after an hour."""
     tasks = {}
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")
