@@ -6,6 +6,7 @@
 This prints a table with one column per model and one row per task. A model is a run directory of
 train_math.py, a PEFT adapter's directory, a checkpoint directory, a hub id, or a short name
 (Qwen2.5-1.5B). The data of a task comes from the hub, or from a file as in nq_open=dev.jsonl.
+Without --tasks, the tasks are those of the second line, or for tiny gsm8k, its own four, and drift.
 
     gsm8k               target: the model answers greedily, and the number after "The answer is:"
                         is compared, as in CorDA
@@ -504,7 +505,7 @@ def table(columns):
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
     digits = lambda row: "{:.4f}" if role(row.name) == "measure" else "{:.2f}"
     shown = pandas.DataFrame(full).apply(lambda row: row.map(digits(row).format, "ignore"), axis=1)
-    shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]
+    shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]     # two columns
     return shown.to_string(na_rep="")
 
 
@@ -513,7 +514,7 @@ def main(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, message)              # one line, without the usage
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: by model)")
+    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: see above)")
     parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
     parser.add_argument("--harness-metadata", type=json.loads, help="JSON, for some of its tasks")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
