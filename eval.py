@@ -6,6 +6,7 @@
 This prints a table with one column per model and one row per task. A model is a run directory of
 train_math.py, a PEFT adapter's directory, a checkpoint directory, a hub id, or a short name
 (Qwen2.5-1.5B). The data of a task comes from the hub, or from a file as in nq_open=dev.jsonl.
+Without --tasks, the tasks are those of the second line, or for tiny gsm8k, its own four, and drift.
 
     gsm8k               target: the model answers greedily, and the number after "The answer is:"
                         is compared, as in CorDA
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pandas
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -43,7 +45,7 @@ import folora
 
 TINY = Path(__file__).resolve().parent / "tiny"
 OWNERS = {"Qwen": "Qwen/", "Llama": "meta-llama/", "SmolLM": "HuggingFaceTB/"}     # of short names
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\n{}\n\n### Response:")
 MATHS = ALPACA + " Let's think step by step."        # CorDA's prompt for maths
@@ -56,14 +58,13 @@ TASKS = {
                  "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "webqs": ("preserve", "Question: {}\nAnswer:", "stanfordnlp/web_questions", None, "test"),
     "nll": ("measure", None, "openai/gsm8k", "main", "test"),
-    "prose": ("measure", None, None), "drift": ("measure", None, None)}
+    "prose": ("measure", None, "prose.jsonl"), "drift": ("measure", None, None)}
 for skill in ("facts", "sort", "reverse", "sums"):
     TASKS[skill] = ("preserve", NQ_OPEN, str(TINY / f"{skill}.jsonl"))
 UNITS = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
 HELD_OUT_SEED = 1000
 # Of the scores that lm-eval gives a task, the first in this list is shown, else the task's first.
-HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "pass@1", "pass_at_1", "exact_match",
-                  "em", "acc")
+HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "exact_match", "em", "acc")
 # lm-eval's tasks that begin so count as target tasks, all others as preservation.
 HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
 
@@ -72,6 +73,10 @@ HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math
 
 class UserError(Exception):
     """A mistake that the user can mend. The first line of its text says what to do."""
+
+
+# These end a script in one line; ValueError and RuntimeError do so only if folora.py raises them.
+MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError)
 
 
 def need(condition, message):
@@ -96,15 +101,14 @@ def one_line(main):
     def guarded(arguments=None):
         try:
             return main(arguments)
-        except (UserError, ValueError, OSError, MemoryError, RuntimeError, FloatingPointError,
-                KeyboardInterrupt) as error:
+        except KeyboardInterrupt:
+            message, status = "interrupted", 2
+        except (*MENDABLE, ValueError, RuntimeError) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            bug = isinstance(error, (ValueError, RuntimeError)) and source != folora.__file__
-            if bug and not memory:
+            known = source == folora.__file__ or "allocate memory" in str(error)
+            if not known and not isinstance(error, MENDABLE):
                 raise
-            name = type(error).__name__.replace("KeyboardInterrupt", "interrupted")
-            message = str(error).strip() or name
+            message = str(error).strip() or type(error).__name__
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
@@ -136,9 +140,8 @@ def find_model(name):
         path /= "merged" if (path / "merged").exists() else "adapter"
     if (path / "adapter_config.json").exists():
         config = json.loads((path / "adapter_config.json").read_text())
-        run = run or {"model": config.get("base_model_name_or_path")}
-        need(run["model"], f"{path}: its adapter_config.json names no base model")
-        return resolve_model(run["model"]), path, run
+        run = run or {"model": config["base_model_name_or_path"] or f"the base of {path}"}
+        return find_model(run["model"])[0], path, run
     if (path / "tokenizer_config.json").exists():
         return str(path), None, run
     need(not path.exists(), f"{name}: neither a checkpoint, nor a PEFT adapter, nor a finished run")
@@ -148,19 +151,12 @@ def find_model(name):
     return owner + re.sub("^Llama-2-7b$", "Llama-2-7b-hf", name), None, {}
 
 
-def resolve_model(name):
-    """The directory or hub id with the weights of a MODEL, without its adapter if it has one."""
-    return find_model(name)[0]
-
-
 def pick_device(device, dtype):
-    """torch's device and dtype; auto: bfloat16 on a GPU if there is one, else float32 on a CPU."""
+    """torch's device, and a dtype's name; auto: bfloat16 on a GPU if any, else float32 on a CPU."""
     with blame(f"--device {device}: it is cpu, cuda or cuda:1"):
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device.replace("auto", best))
-        torch.empty(0, device=device)                # fails if there is no such GPU
-    dtype = dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
-    return device, DTYPES[dtype]
+        device = torch.empty(0, device=device.replace("auto", best)).device   # fails without it
+    return device, dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
 
 
 @torch.no_grad()
@@ -169,15 +165,14 @@ def add_adapter(model, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
     changed = re.match("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
-    need(not changed and not config.get("alpha_pattern") and not config.get("use_dora"),
-         "more than LoRA on the untouched weights: merge it with PEFT")
+    need(not changed and not config.get("alpha_pattern"), "not plain LoRA: merge it with PEFT")
     for key in [key for key in weights if key.endswith(".lora_A.weight")]:
         A, B = (weights.pop(key.replace("lora_A", side)).float() for side in ("lora_A", "lora_B"))
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         update = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1) * B @ A
         weight = model.get_submodule(name).weight
         weight.copy_(weight + (update.T if config.get("fan_in_fan_out") else update))
-    need(not weights, f"more than LoRA: {next(iter(weights), '')} (merge it with PEFT)")
+    need(not weights, f"not plain LoRA: {next(iter(weights), '')} (merge it with PEFT)")
 
 
 def load_model(name, device, dtype):
@@ -217,26 +212,25 @@ def read_rows(source, config=None, split="train", limit=None):
     rows = []
     for number, line in enumerate(lines, 1):
         with blame(f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"):
-            rows.append(dict(json.loads(line.decode("utf-8-sig"))))
+            rows.append(dict(json.loads(line)))
     return rows[:limit]
 
 
 def texts_in(row, names, source, number):
-    """The texts in the first of the fields `names` that is not empty: one text, a list of texts, or
-    TriviaQA's {"aliases": list}."""
-    value = next((row[name] for name in names.split() if row.get(name)), None)
+    """The texts in the first of the fields "a or b" that is not empty: one text, a list of texts,
+    or TriviaQA's {"aliases": list}."""
+    value = next((row[name] for name in names.split(" or ") if row.get(name)), None)
     value = value.get("aliases") if isinstance(value, dict) else value
     values = value if isinstance(value, list) else [value]
     texts = [text for text in values if isinstance(text, str) and text.strip()]
-    shown = " or ".join(names.split())
-    need(texts, f"{source}, line {number}: no field called {shown} with a text in it: {[*row]}")
+    need(texts, f"{source}, line {number}: no field called {names} with a text in it: {[*row]}")
     return texts
 
 
 def given_texts(source, limit):
     """The texts of a .jsonl file or of a hub data set."""
     rows = enumerate(read_rows(source, limit=limit), 1)
-    return [texts_in(row, "text question", source, number)[0] for number, row in rows]
+    return [texts_in(row, "text or question", source, number)[0] for number, row in rows]
 
 
 def to_pairs(rows, source):
@@ -244,12 +238,13 @@ def to_pairs(rows, source):
     MetaMathQA, and its <<calculator>> notes are removed."""
     pairs = []
     for number, row in enumerate(rows, 1):
-        asked = texts_in(row, "question query instruction problem", source, number)[0]
+        asked = texts_in(row, "question or query or instruction or problem", source, number)[0]
         asked += f"\n{row['input']}" if row.get("input") else ""
-        texts = texts_in(row, "answers answer response output solution", source, number)
+        names = "answers or answer or response or output or solution"
+        texts = texts_in(row, names, source, number)
         texts = [re.sub(r"<<[^<>]*>>", "", text) for text in texts]
-        pairs.append((asked, [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text)
-                              for text in texts]))
+        texts = [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text) for text in texts]
+        pairs.append((asked, texts))
     return pairs
 
 
@@ -260,22 +255,20 @@ def default_tasks(model):
 
 
 def load_tasks(names, limit=None):
-    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". All data is read and checked now, so that a
-    mistake in it does not show after an hour."""
+    """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". prose has texts instead, and drift nothing.
+    All data is read and checked now, so that a mistake in it does not show after an hour."""
     tasks = {}
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")
         need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        _, _, source, *part = TASKS[name]
-        source = path or source
+        source = path or TASKS[name][2]
         if name == "prose":
-            need(source, "prose needs a file of texts: prose=FILE.jsonl")
-            tasks[name] = [(None, [text]) for text in given_texts(source, limit)]
+            tasks[name] = given_texts(source, limit)
         else:
-            rows = read_rows(source, *part, limit=limit) if source else []
+            rows = read_rows(source, *TASKS[name][3:], limit=limit) if source else []
             tasks[name] = to_pairs(rows, source)
-        for number, (_, answers) in enumerate(tasks[name], 1):
-            need(name != "gsm8k" or final_number(answers[0]) is not None,
+        for number, (_, answers) in enumerate(tasks[name] if name == "gsm8k" else (), 1):
+            need(final_number(answers[0]) is not None,
                  f"{source}, line {number}: its answer has no number after #### or The answer is:")
     return tasks
 
@@ -301,9 +294,9 @@ def encode_all(tokenizer, pairs, max_length):
 
 
 def collate(examples, device, side="right"):
-    """A padded batch of encoded examples, or of token lists, which are their own labels."""
+    """A padded batch of encoded examples, or of token sequences, which are their own labels."""
     examples = [e if isinstance(e, dict) else {"ids": e, "labels": e} for e in examples]
-    ids, labels = ([torch.LongTensor(e[key]) for e in examples] for key in ("ids", "labels"))
+    ids, labels = ([torch.as_tensor(e[key]) for e in examples] for key in ("ids", "labels"))
     pad = lambda rows, fill: torch.nn.utils.rnn.pad_sequence(rows, True, fill, side).to(device)
     return {"input_ids": pad(ids, 0), "attention_mask": pad([torch.ones_like(i) for i in ids], 0),
             "labels": pad(labels, -100)}
@@ -351,7 +344,7 @@ def summed_kl(log_p, logits):
 def drift(model, reference, texts, batch_size=4):
     """The mean of KL(reference || model) over all next-token positions of the texts, in nat."""
     total = 0.0
-    for some in by_length([text.tolist() for text in texts], batch_size):
+    for some in by_length(texts, batch_size):
         batch = collate(some, model.device)
         log_p = logits_of(reference, batch)[0].log_softmax(-1)
         total += summed_kl(log_p, logits_of(model, batch)[0]).item()
@@ -402,8 +395,7 @@ def begins_with(tokenizer, prompt, written, answers):
     """Whether the greedy continuation begins with the tokens of an accepted answer, that is whether
     each of these is the likeliest one given those before it."""
     start = len(tokenizer(prompt)["input_ids"])
-    choices = [tokenizer(f"{prompt} {answer}")["input_ids"][start:]
-               for answer in shortest_prefixes(answers)]
+    choices = [tokenizer(f"{prompt} {a}")["input_ids"][start:] for a in shortest_prefixes(answers)]
     return any(written[:len(tokens)] == tokens for tokens in choices)
 
 
@@ -441,8 +433,8 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
         if name == "nll":
             scores[name] = mean_nll(model, encode_all(tokenizer, pairs, longest))
         elif name == "prose":
-            texts_ids = [tokenizer(text)["input_ids"][:longest] for _, (text,) in pairs]
-            scores[name] = mean_nll(model, [{"ids": ids, "labels": ids} for ids in texts_ids])
+            ids = [tokenizer(text)["input_ids"][:longest] for text in pairs]
+            scores[name] = mean_nll(model, [{"ids": text, "labels": text} for text in ids])
         elif name == "drift":
             scores[name] = drift(model, reference, texts) if reference is not None else 0.0
         else:
@@ -459,8 +451,7 @@ def harness_tasks(names, metadata=None):
         from lm_eval.tasks import TaskManager
     manager, names = TaskManager(metadata=metadata), names.split(",")
     reach_hub()
-    with blame(f"lm-eval cannot load {names} (ifeval and mathematics: pip install "
-               "lm-eval[ifeval,math]; humaneval and mbpp: HF_ALLOW_CODE_EVAL=1)"):
+    with blame(f"lm-eval cannot load {names} (try lm-eval[ifeval,math] or HF_ALLOW_CODE_EVAL=1)"):
         loaded = manager.load(names)
     scored = {name for name, group in loaded["groups"].items() if group.has_aggregation}
     unscored = set(names) - scored - set(loaded["tasks"])
@@ -474,10 +465,10 @@ def harness(model, tokenizer, manager, names, limit=None):
     from lm_eval.models.huggingface import HFLM
 
     size = "auto" if model.device.type == "cuda" else 8
-    wrapped = HFLM(model, tokenizer=tokenizer, batch_size=size)
     allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    done = simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit,
-                           bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=allowed)
+    done = simple_evaluate(
+        HFLM(model, tokenizer=tokenizer, batch_size=size), tasks=names, task_manager=manager,
+        limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=allowed)
     return {name: harness_score(done["results"][name]) for name in names}
 
 
@@ -512,16 +503,10 @@ def table(columns):
     """{column: scores} as aligned text. A single column has nothing to be compared with."""
     first = next(iter(columns.values())) if len(columns) > 1 else None
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
-    rows = list(dict.fromkeys(row for scores in full.values() for row in scores))
-    label, width = max([8, *map(len, rows)]) + 2, max(10, *map(len, full)) + 2
-    lines = [" " * (label + 14) + "".join(f"{name:>{width}}" for name in full)]
-    for row in rows:
-        lines += ["-" * len(lines[0])] * (row == "Avg1")
-        digits = 4 if role(row) == "measure" else 2
-        cells = [f"{scores[row]:.{digits}f}" if row in scores else "" for scores in full.values()]
-        start = f"{row:{label}}{UNITS[role(row)]:14}"
-        lines.append(start + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
+    digits = lambda row: "{:.4f}" if role(row.name) == "measure" else "{:.2f}"
+    shown = pandas.DataFrame(full).apply(lambda row: row.map(digits(row).format, "ignore"), axis=1)
+    shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]     # two columns
+    return shown.to_string(na_rep="")
 
 
 @one_line
@@ -529,11 +514,9 @@ def main(arguments=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, message)              # one line, without the usage
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: "
-                        f"{default_tasks('Qwen')}; tiny has its own)")
+    parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: see above)")
     parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
-    parser.add_argument("--harness-metadata", type=json.loads, metavar="JSON",
-                        help="for tasks that take it, such as '{\"max_seq_lengths\": \"4k\"}'")
+    parser.add_argument("--harness-metadata", type=json.loads, help="JSON, for some of its tasks")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda if any")
@@ -547,9 +530,8 @@ def main(arguments=None):
     names = default_tasks(run["model"]) if options.tasks is None else options.tasks
     tasks, reference, texts, columns = load_tasks(names, options.limit), None, None, {}
     if "drift" in tasks:
-        bases = [resolve_model(other.get("model", run["model"])) for other in runs]
-        need(len(set(bases)) == 1,
-             "drift is from one untouched model, and these runs have several: score them apart")
+        bases = {find_model(other.get("model", run["model"]))[0] for other in runs}
+        need(len(bases) == 1, "drift is from one untouched model, and these have several bases")
         reference, tokenizer = load_model(run["model"], device, dtype)
         length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
         texts = held_out(reference, tokenizer, length)

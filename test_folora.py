@@ -895,7 +895,7 @@ def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
         assert torch.equal(ours[name], weight)
         assert (rounded[name] == weight.bfloat16()).float().mean() > 0.999
     with pytest.raises(ev.UserError, match="nor a finished run"):
-        ev.resolve_model(run)
+        ev.find_model(run)
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"options": {"model": "tiny"}}')
     path = tmp_path / "adapter/adapter_config.json"                  # the run knows better

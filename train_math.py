@@ -44,8 +44,7 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=32
 # --lr for any model, and for tiny.
 LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
 RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "compare"}
-STAGES = ("held_out.json", "untouched.json", "calibration.json", "prepared.pt", "checkpoint.pt",
-          "lock")
+STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.pt lock".split()
 FOLORA_ONLY = {"--preset", "--lam", "--s-min", "--basis-rank", "--zero-start", "--tau",
                "--task-samples", "--compare"}
 
@@ -64,13 +63,12 @@ def between(kind, low, high=1e9):
 
 COUNT, NATURAL, SWITCH = between(int, 1), between(int, 0), between(int, 0, 1)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
-TARGETS = ",".join(folora.TARGET_MODULES)
 OPTIONS = [       # flag, type or choices, default (None: see the end of --help), text, whose it is
     ("--model", str, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
     ("--method", ("folora", "lora"), "folora", "lora is plain LoRA [the paper's]"),
     ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
     ("--compare", ("lora", "no"), "no", "lora: train LoRA after FoLoRA; so with tiny [ours]"),
-    ("--target-modules", str, TARGETS, "or all-linear: all but the output layer [the paper's]"),
+    ("--target-modules", str, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
     ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
     ("--alpha", POSITIVE, None, "scaling alpha / rank; none: 1 [ours]"),
@@ -128,7 +126,7 @@ def resolve(options):
     device, dtype = ev.pick_device(options.device, options.dtype)
     if device.type == "cuda":                        # by number; a resumed run may get another GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-    options.device, options.dtype = device.type, str(dtype).removeprefix("torch.")
+    options.device, options.dtype = device.type, dtype
 
 
 # ---- the run's directory -------------------------------------------------------------------------
@@ -136,22 +134,18 @@ def resolve(options):
 def claim(out, options):
     """Make and lock the run's directory and write its config.json, or say in one line why not."""
     out.mkdir(parents=True, exist_ok=True)
-    config, theirs = out / "config.json", vars(options)
+    config, ours = out / "config.json", vars(options)
     if config.exists():
-        with ev.blame(f"{config} is damaged: give another --out"):
-            theirs = json.loads(config.read_text()).get("options", {})
-    elif {path.name for path in out.iterdir()} - {"lock", "config.json.part"}:
-        raise ev.UserError(f"{out} holds other files and no run: give another --out")
-    differ = {name for name, value in vars(options).items() if theirs.get(name) != value}
-    differ = ", ".join(sorted(differ - RESUME_MAY_CHANGE))
-    ev.need(not differ, f"{out} holds a run with another {differ}: give what {config} says to "
-            "resume it, or another --out")
-    try:                                 # nobody closes this file: it is locked while we live
+        theirs = read(config).get("options", {})
+        differ = [n for n in sorted(ours.keys() - RESUME_MAY_CHANGE) if theirs.get(n) != ours[n]]
+        ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give a new --out")
+    else:
+        others = {path.name for path in out.iterdir()} - {"lock", "config.json.part"}
+        ev.need(not others, f"{out} holds other files and no run: give another --out")
+    # Nobody closes this file: it is locked while we live.
+    with ev.blame(f"{out}: another process is at work on this run, or no file can be locked"):
         fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ev.UserError(f"{out}: another process is at work on this run") from None
-    if not config.exists():
-        save({"torch": torch.__version__, "options": vars(options)}, config)
+    once(config, lambda: {"torch": torch.__version__, "options": ours})
 
 
 def save(value, path):
@@ -168,9 +162,7 @@ def save(value, path):
 def read(path):
     """What `save` has written."""
     with ev.blame(f"{path} is damaged: delete it, and what it holds is made again"):
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return torch.load(path, map_location="cpu")
+        return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu")
 
 
 def once(path, make):
@@ -196,16 +188,14 @@ def join():
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
     for name in filter(None, (options.model, options.calibration_model)):
-        ev.resolve_model(name)
+        ev.find_model(name)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
-    ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
         ev.given_texts(options.calibration, options.calibration_samples)
     config = "main" if options.data == "openai/gsm8k" else None
     rows = ev.read_rows(options.data, config, limit=options.max_samples)
     pairs = ev.to_pairs(rows, options.data)
-    device = torch.device(options.device)
-    model, tokenizer = ev.load_model(options.model, device, ev.DTYPES[options.dtype])
+    model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
     folora.find_targets(model, options.target_modules.split(","), options.rank)
     longest = max(options.max_length, options.calibration_max_tokens + 1)
     ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
@@ -243,9 +233,8 @@ def solve(options, model, texts, examples):
     task = [example["ids"] for example in examples[:options.task_samples]]
     C_task = covariances(options, model, task, "C_task")
     tokens, widest = sum(map(len, texts)), max(map(len, C_pre.values()))
-    if tokens < 2 * widest or len(set(map(tuple, texts))) == 1:
-        tqdm.write(f"warning: {len(texts)} calibration texts, {tokens} tokens. Use texts that "
-                   f"differ, and at least {2 * widest} tokens (--calibration-samples)", sys.stderr)
+    if tokens < 2 * widest:
+        tqdm.write(f"warning: {tokens} calibration tokens; {2 * widest} are better", sys.stderr)
     bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
     return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
                             bar.update, model.device)
@@ -255,7 +244,7 @@ def add_adapters(options, model, bases=None):
     """Adapters in place; returns the optimiser. FoLoRA needs `bases` from solve."""
     if options.method == "folora":
         return folora.attach(model, bases, options.lr, options.alpha, options.lam, options.s_min,
-                             bool(options.zero_start))
+                             options.zero_start)
     model.requires_grad_(False)
     targets = folora.find_targets(model, options.target_modules.split(","), options.rank)
     for name, base in targets.items():
@@ -323,7 +312,7 @@ class Probe:
 
     @torch.inference_mode()
     def __init__(self, model, texts, positions=256):
-        self.batch = ev.collate([t.tolist() for t in texts], model.device)
+        self.batch = ev.collate(texts, model.device)
         for labels, text in zip(self.batch["labels"], texts):
             kept = torch.linspace(1, len(text) - 1, positions // len(texts)).long()     # not BOS
             labels[~torch.isin(torch.arange(len(labels)), kept).to(labels.device)] = -100
@@ -331,8 +320,8 @@ class Probe:
 
     @torch.inference_mode()
     def __call__(self, model):
-        logits, _ = ev.logits_of(model, self.batch)
-        return ev.summed_kl(self.before, logits).item() / len(self.before)
+        kl = ev.summed_kl(self.before, ev.logits_of(model, self.batch)[0])
+        return kl.item() / len(self.before)
 
 
 def recompute(model, on):
@@ -356,20 +345,19 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
         model.load_state_dict(state["adapters"], strict=False)
     join()                                           # all have read the files of earlier stages
     recompute(model, options.gradient_checkpointing)
-    bar = tqdm(range(done, len(batches)), f"train {options.method}", len(batches), initial=done,
-               disable=PROCESS > 0)
+    bar = tqdm(range(done, len(batches)), f"train {options.method}", disable=PROCESS > 0)
     for step in bar:
         lr = options.lr * schedule(step, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [examples[i] for i in batches[step]]
-        first, count = step * options.kl_texts, options.kl_texts if options.kl else 0
-        some = [texts[i % len(texts)] for i in range(first, first + count)]
+        first = step * options.kl_texts
+        some = [texts[(first + i) % len(texts)] for i in range(options.kl_texts) if options.kl]
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint is of "
-                f"step {done}. Start again with a lower --lr and another --out")
+                f"step {step - step % options.log_every}. Take a lower --lr and another --out")
         optimizer.step()
         optimizer.zero_grad()
         if PROCESS > 0:                                 # the first process writes the files
@@ -379,12 +367,10 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
                       "drift": probe(model) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
         if due:                                      # the checkpoint last: it ends these steps
-            log = "".join(f"{json.dumps(line)}\n" for line in lines)
-            (out / "metrics.jsonl").write_text(log)
+            (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
-            done = step + 1
     recompute(model, False)
 
 
@@ -393,10 +379,8 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
 def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
     own, bases, reference = (), None, None
-    length = min(256, options.calibration_max_tokens)
-    texts = once(out / "held_out.json",
-                 lambda: [text.tolist() for text in ev.held_out(model, tokenizer, length)])
-    texts = list(map(torch.tensor, texts))
+    held_out = lambda: ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    texts = once(out / "held_out.json", lambda: [text.tolist() for text in held_out()])
     before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
         own = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
@@ -418,8 +402,8 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     if "drift" in tasks:
         reference, _ = ev.load_model(options.model, model.device, model.dtype)
     after = ev.evaluate(model, tokenizer, tasks, reference, texts)
-    scores = {"untouched": {**before, **ev.summarise(before, before)},
-              options.method: {**after, **ev.summarise(after, before)}}
+    scores = {"untouched": before | ev.summarise(before, before),
+              options.method: after | ev.summarise(after, before)}
     save({"scores": scores}, out / "summary.json")
 
 
@@ -442,23 +426,17 @@ def run(options, before=None):
 @ev.one_line
 def main(arguments=None):
     """The run, and with --compare lora the same with LoRA; the first process prints the table."""
-    options, scores = parse_options(arguments), {}
+    options = parse_options(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    ignored = FOLORA_ONLY & {argument.partition("=")[0] for argument in given}
-    ev.need(options.method == "folora" or not ignored, f"{' '.join(sorted(ignored))} would be "
-            "ignored with --method lora: leave it out")
+    ignored = sorted(FOLORA_ONLY & {argument.partition("=")[0] for argument in given})
+    ev.need(options.method == "folora" or not ignored, f"{' '.join(ignored)} would be ignored")
+    ev.need(options.batch_size >= PROCESSES, "--batch-size must be at least one a process")
     resolve(options)
-    ev.need(options.batch_size >= PROCESSES,
-            f"--batch-size must be at least {PROCESSES}, one a process")
-    runs = [options]
+    scores = run(options)
     if options.method == "folora" and options.compare == "lora":
         lr, out = LEARNING_RATES["lora"][ev.is_tiny(options.model)], f"{options.out}/lora"
-        runs.append(argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out)))
-    try:
-        for each in runs:
-            scores |= run(each, scores.get("untouched"))
-    except (torch.OutOfMemoryError, MemoryError):
-        ev.need(False, "out of memory: lower --micro-batch-size, then --max-length or --rank")
+        lora = argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out))
+        scores |= run(lora, scores.get("untouched"))
     if PROCESS == 0:
         print(ev.table(scores))
     if dist.is_initialized():
