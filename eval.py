@@ -76,7 +76,7 @@ class UserError(Exception):
 
 
 # These end a script in one line; ValueError and RuntimeError do so only if folora.py raises them.
-MENDABLE = (UserError, OSError, MemoryError, torch.OutOfMemoryError, FloatingPointError)
+MENDABLE = (UserError, OSError, MemoryError, FloatingPointError)
 
 
 def need(condition, message):
@@ -105,10 +105,12 @@ def one_line(main):
             message, status = "interrupted", 2
         except (*MENDABLE, ValueError, RuntimeError) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
-            known = source == folora.__file__ or "allocate memory" in str(error)
-            if not known and not isinstance(error, MENDABLE):
+            memory = re.search("allocate memory|out of memory", str(error))   # on a CPU, on a GPU
+            if not memory and source != folora.__file__ and not isinstance(error, MENDABLE):
                 raise
             message = str(error).strip() or type(error).__name__
+            if memory or isinstance(error, MemoryError):
+                message = "out of memory: lower --micro-batch-size, then --max-length or --rank"
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)

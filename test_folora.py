@@ -908,7 +908,9 @@ def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
 
 @pytest.mark.parametrize("error, line", [
     (OSError(28, "it is so"), "it is so"), (KeyboardInterrupt(), "interrupted"),
-    (MemoryError(), "MemoryError"), (torch.OutOfMemoryError("it is so\nmore"), "it is so"),
+    (MemoryError(), "out of memory: lower --micro-batch-size, then --max-length or --rank"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "then --max-length or --rank"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "then --max-length or --rank"),
     (ValueError("it is so"), None)])
 def test_what_the_user_can_mend_is_one_line(error, line, capsys):
     @ev.one_line

@@ -190,6 +190,7 @@ def load(options):
     for name in filter(None, (options.model, options.calibration_model)):
         ev.find_model(name)
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
+    ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
         ev.given_texts(options.calibration, options.calibration_samples)
     config = "main" if options.data == "openai/gsm8k" else None
@@ -233,8 +234,9 @@ def solve(options, model, texts, examples):
     task = [example["ids"] for example in examples[:options.task_samples]]
     C_task = covariances(options, model, task, "C_task")
     tokens, widest = sum(map(len, texts)), max(map(len, C_pre.values()))
-    if tokens < 2 * widest:
-        tqdm.write(f"warning: {tokens} calibration tokens; {2 * widest} are better", sys.stderr)
+    if tokens < 2 * widest or len(set(map(tuple, texts))) == 1:
+        tqdm.write(f"warning: {len(texts)} calibration texts, {tokens} tokens. Use texts that "
+                   f"differ, and at least {2 * widest} tokens (--calibration-samples)", sys.stderr)
     bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
     return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
                             bar.update, model.device)
