@@ -38,7 +38,7 @@ PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_S
 # What --preset and --model tiny set, where the command line does not.
 PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=256),
            "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, calibration_samples=2000)}
-TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=3200, batch_size=32,
+TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=2000, batch_size=16,
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
             calibration_max_tokens=224, eval_samples=200, compare="lora")
 # --lr for any model, and for tiny.

@@ -43,7 +43,8 @@ FRESH_TEST, FRESH_TEXT = slice(64, 192), dict(samples=32, seed=ev.HELD_OUT_SEED 
 REAL = ("--rank 32 --batch-size 8 --micro-batch-size 4 --gradient-checkpointing 0 --dtype bfloat16 "
         "--calibration-samples 80 --calibration-max-tokens 160 --task-samples 128 --log-every 400 ")
 SMOLLM2, GEMMA3 = "--model SmolLM2-135M-Instruct " + REAL, "--model google/gemma-3-270m " + REAL
-SUITES = {"tiny": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 160",
+SUITES = {"tiny": "--max-steps 160 --batch-size 8 --max-samples 3200 --eval-samples 100 "
+                  "--log-every 160",
           "smollm2": SMOLLM2 + "--max-steps 40 --eval-samples 64",
           "smollm2-fresh": SMOLLM2 + "--max-steps 40 --eval-samples 250",
           "smollm2-long": SMOLLM2 + "--max-steps 400 --eval-samples 250 --log-every 20",
