@@ -97,7 +97,6 @@ def tiny():
 
 # ---- folora.py -----------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
     """The same tensor counts again in a new batch."""
@@ -982,9 +981,9 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method, more", [("folora", ()), ("lora", ()), (PAPER[0], PAPER[1:])])
-def test_training_writes_a_run_that_eval_reads(method, more, trained, capsys):
-    out, printed = trained(method, *more)
+@pytest.mark.parametrize("run", [("folora",), ("lora",), PAPER])
+def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
+    method, (out, printed) = run[0], trained(*run)
     assert all(row in printed for row in ("untouched", method, "gsm8k", "facts", "nll", "Avg1(%)"))
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -1295,7 +1294,7 @@ def test_changes_do_what_they_say(experiments, change, steps):
 def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
     pair, = ev.to_pairs([{"question": "who", "answer": ["Tom", "T"]}], "questions")
     example = experiments.with_answer(tiny[1], "Q: {}?\nA:", *pair)
-    labelled = [i for i, label in zip(example["ids"], example["labels"]) if label == -100]
+    labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
     assert tiny[1].decode(labelled) == " Tom"
     assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"
 
@@ -1373,7 +1372,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 605, 372), ("train_math.py", 470, 354), ("eval.py", 570, 381),
-    ("assets/experiments.py", 482, 350), ("test_folora.py", 1413, 1153)])
+    ("assets/experiments.py", 482, 350), ("test_folora.py", 1412, 1153)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
