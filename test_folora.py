@@ -479,11 +479,15 @@ def test_gpt2s_conv1d_and_an_encoder_are_prepared(kind, more):
 
 
 @pytest.mark.parametrize("zero_start", [True, False])
-def test_an_adapter_is_loaded_by_peft_on_the_untouched_base(zero_start, trajectory, tmp_path):
+def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, trajectory, tmp_path):
     model, batches, inputs, _ = trajectory
     ours, untouched = copy.deepcopy(model), model(**inputs[0]).logits
     optimizer = prepare_on(ours, inputs, rank=8, alpha=16, zero_start=zero_start)
     descend(ours, optimizer, batches)
+    texts = [batch["input_ids"][0] for batch in inputs[:2]]
+    kl = train_math.kl_from_untouched(ours, [text.tolist() for text in texts])
+    literal = literal_kl(model, ours, texts) * sum(len(text) - 1 for text in texts)
+    close(kl, literal.float(), rtol=1e-3, atol=1e-5)
     folora.save_adapter(ours, tmp_path)
     header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
@@ -1372,7 +1376,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 605, 372), ("train_math.py", 470, 354), ("eval.py", 570, 381),
-    ("assets/experiments.py", 482, 350), ("test_folora.py", 1412, 1153)])
+    ("assets/experiments.py", 482, 350), ("test_folora.py", 1416, 1157)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
