@@ -1342,11 +1342,11 @@ smollm2: KL at LoRA's lowest NLL, 2.050 ± 0.071, plus
 smollm2: NLL and KL (drift) in nat per token
 | method | setting | scale | nll | drift |
 | untouched |  |  | 5.000 | 0.000000 |
-| LoRA | lr 3e-4 | 0.5 | 4.000 ± 0.071 | 0.0350 ± 0.0141 |
+| LoRA | lr 3e-4 | 0.5 | 4.050 ± 0.071 | 0.0350 ± 0.0141 |
 | LoRA | lr 1e-3 | 1.0 | 2.050 ± 0.071 | 0.310 ± 0.014 |
-| LoRA | lr 1e-3 | 0.5 | 3.000 ± 0.071 | 0.0850 ± 0.0141 |
+| LoRA | lr 1e-3 | 0.5 | 3.050 ± 0.071 | 0.0850 ± 0.0141 |
 | MiLoRA | lr 1e-4 | 1.0 | 2.550 ± 0.071 | 0.0600 ± 0.0141 |
-| MiLoRA | lr 1e-4 | 0.5 | 3.500 ± 0.071 | 0.0225 ± 0.0141 |
+| MiLoRA | lr 1e-4 | 0.5 | 3.550 ± 0.071 | 0.0225 ± 0.0141 |
 | FoLoRA | basis-rank 32 lam 1 lr 3e-3 | 1.0 | 2.100 | 0.800 |
 | FoLoRA | basis-rank 32 lam 1 lr 3e-3 | 0.5 | 3.100 | 0.200 |
 |  | preset paper zero-start 1 lam 1 s-min 0 lr 3e-3 one lr | 1.0 | 1.500 | 0.250 |
@@ -1406,8 +1406,8 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 # ---- the house -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
-    ("folora.py", 605, 372), ("train_math.py", 470, 354), ("eval.py", 570, 381),
-    ("assets/experiments.py", 482, 350), ("test_folora.py", 1416, 1157)])
+    ("folora.py", 600, 368), ("train_math.py", 450, 333), ("eval.py", 552, 364),
+    ("assets/experiments.py", 436, 323), ("test_folora.py", 1450, 1190)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
@@ -1434,7 +1434,7 @@ def test_folora_stands_alone():
 def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl"), pytest.importorskip("bitsandbytes")
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 160 and len(text.split()) <= 1380
+    assert len(text.splitlines()) <= 140 and len(text.split()) <= 1300
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(ev.TINY)
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
