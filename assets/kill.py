@@ -29,7 +29,7 @@ ARGUMENTS = ("--max-steps 12 --batch-size 8 --micro-batch-size 4 --max-samples 6
              "--task-samples 8 --eval-samples 4 --compare no --tasks facts,drift").split()
 TOKENIZER = transformers.PreTrainedTokenizerBase
 # The moment: a function and which of its calls is the last, or a file and which of its versions is
-# cut in half. Most files are written under a temporary name, which is then all that is left.
+# cut in half, under its temporary name.
 MOMENTS = {
     "config.json half written": ("config.json", 1),
     "held_out.json half written": ("held_out.json", 1),
@@ -61,24 +61,16 @@ def die_in(owner, name, call):
 
 
 def die_writing(name, version):
-    """Leave half of a file's version, under its temporary name if it has one."""
-    replace, write, versions = Path.replace, Path.write_text, itertools.count(1)
-
-    def cut(path, final):
-        if final.name == name and next(versions) == version:
-            os.truncate(path, path.stat().st_size // 2)
-            die()
+    """Leave half of a file's version, under its temporary name."""
+    replace, versions = Path.replace, itertools.count(1)
 
     def replace_or_die(path, final):
-        cut(path, Path(final))
+        if Path(final).name == name and next(versions) == version:
+            os.truncate(path, path.stat().st_size // 2)
+            die()
         return replace(path, final)
 
-    def write_and_die(path, *text, **how):
-        written = write(path, *text, **how)
-        cut(path, path)
-        return written
-
-    Path.replace, Path.write_text = replace_or_die, write_and_die
+    Path.replace = replace_or_die
 
 
 def start(arguments, moment=()):
