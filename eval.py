@@ -6,7 +6,7 @@
 This prints a table with one column per model and one row per task. A model is a run directory of
 train_math.py, a PEFT adapter's directory, a checkpoint directory, a hub id, or a short name
 (Qwen2.5-1.5B). The data of a task comes from the hub, or from a file as in nq_open=dev.jsonl.
-Without --tasks, the tasks are those of the second line, or for tiny gsm8k, its own four, and drift.
+Without --tasks they are those of the second line; for tiny, gsm8k and all its skills, and drift.
 
     gsm8k               target: the model answers greedily, and the number after "The answer is:"
                         is compared, as in CorDA
@@ -110,7 +110,8 @@ def one_line(main):
                 raise
             message = str(error).strip() or type(error).__name__
             if memory or isinstance(error, MemoryError):
-                message = "out of memory: lower --micro-batch-size, then --max-length or --rank"
+                message = ("out of memory: take a smaller model, or, in training, a lower "
+                           "--micro-batch-size, --max-length or --rank")
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
@@ -142,7 +143,8 @@ def find_model(name):
         path /= "merged" if (path / "merged").exists() else "adapter"
     if (path / "adapter_config.json").exists():
         config = json.loads((path / "adapter_config.json").read_text())
-        run = run or {"model": config["base_model_name_or_path"] or f"the base of {path}"}
+        run = run or {"model": config.get("base_model_name_or_path")}
+        need(run["model"], f"{path}/adapter_config.json has no base_model_name_or_path: add it")
         return find_model(run["model"])[0], path, run
     if (path / "tokenizer_config.json").exists():
         return str(path), None, run
@@ -289,7 +291,7 @@ def encode_all(tokenizer, pairs, max_length):
             labels = [-100] * len(start) + ids[len(start):max_length]
             examples.append({"ids": ids[:max_length], "labels": labels})
     dropped = f"{len(pairs) - len(examples)} of {len(pairs)} examples have prompts that fill"
-    need(2 * len(examples) >= len(pairs), f"{dropped} --max-length {max_length}: raise it")
+    need(2 * len(examples) >= len(pairs), f"{dropped} {max_length} tokens (raise --max-length)")
     if len(examples) < len(pairs):
         tqdm.write(f"{dropped} {max_length} tokens: they are left out", sys.stderr)
     return examples
@@ -332,9 +334,10 @@ def summed_nll(model, batch):
 def mean_nll(model, examples, batch_size=8):
     """The mean loss per response token of encoded examples, in nat."""
     batches = by_length(examples, batch_size, lambda e: len(e["ids"]))
-    total = sum(summed_nll(model, collate(batch, model.device)).item()
-                for batch in tqdm(batches, desc="nll", leave=False))
-    return total / sum(label != -100 for e in examples for label in e["labels"][1:])
+    labels = sum(label != -100 for e in examples for label in e["labels"][1:])
+    need(labels, "no token to score: every text has one token alone")
+    return sum(summed_nll(model, collate(batch, model.device)).item()
+               for batch in tqdm(batches, desc="nll", leave=False)) / labels
 
 
 def summed_kl(log_p, logits):
@@ -518,7 +521,8 @@ def main(arguments=None):
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
     parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: see above)")
     parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
-    parser.add_argument("--harness-metadata", type=json.loads, help="JSON, for some of its tasks")
+    parser.add_argument("--harness-metadata", type=json.loads,
+                        help="JSON, for some of its tasks, such as {\"max_seq_lengths\": \"4k\"}")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda if any")
@@ -536,10 +540,12 @@ def main(arguments=None):
         need(len(bases) == 1, "drift is from one untouched model, and these have several bases")
         reference, tokenizer = load_model(run["model"], device, dtype)
         length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
-        texts = held_out(reference, tokenizer, length)
+        texts, vocabulary = held_out(reference, tokenizer, length), tokenizer.get_vocab()
     try:
         for name in options.models:
             model, tokenizer = load_model(name, device, dtype)
+            need(not texts or tokenizer.get_vocab() == vocabulary,
+                 f"{name} has another tokenizer than {run['model']}: score its drift apart")
             scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
             if extra:
                 scores.update(harness(model, tokenizer, *extra, options.limit))

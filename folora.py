@@ -446,8 +446,9 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
                 B.data = torch.zeros_like(B, dtype=A0.dtype)
             # B's first step from 0 makes κ B's rows about lr times as long as W0's, so that one lr
             # serves layers and models of every scale. The paper's start gets plain Adam for B.
-            length = _row_length(layer) or 1.0                  # W0 may be 0
-            scale = length / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
+            scale = 1.0
+            if zero_start:                                      # W0 may be 0
+                scale = (_row_length(layer) or 1.0) / (math.sqrt(len(A)) * kappa)
             plain.append({"params": [B], "scale": scale})
             A.needs_sadam = B.needs_sadam = True
             As.append(A)

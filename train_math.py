@@ -106,7 +106,8 @@ def parse_options(arguments=None):
     """What the command line says, else --model tiny, else the preset, else the default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog=f"What is None above: --preset sets {PRESETS}\n"
+        allow_abbrev=False, epilog="[ours], [the paper's]: whose default it is\n"
+        f"What is None above: --preset sets {PRESETS}\n"
         f"--lr is {LEARNING_RATES}, for any model and for tiny\n--model tiny sets {TINY}")
     parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
@@ -138,7 +139,8 @@ def claim(out, options):
     if config.exists():
         theirs = read(config).get("options", {})
         differ = [n for n in sorted(ours.keys() - RESUME_MAY_CHANGE) if theirs.get(n) != ours[n]]
-        ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give a new --out")
+        ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give what "
+                f"{config} says, or another --out")
     else:
         others = {path.name for path in out.iterdir()} - {"lock", "config.json.part"}
         ev.need(not others, f"{out} holds other files and no run: give another --out")
@@ -163,7 +165,7 @@ def save(value, path):
 
 def read(path):
     """What `save` has written."""
-    with ev.blame(f"{path} is damaged: delete it, and what it holds is made again"):
+    with ev.blame(f"{path} is damaged: delete it (config.json: all of --out), to make it again"):
         return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu")
 
 
@@ -190,7 +192,7 @@ def join():
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
     for name in filter(None, (options.model, options.calibration_model)):
-        ev.find_model(name)
+        ev.need(not ev.find_model(name)[1], f"{name} is an adapter: train it with --merge 1 first")
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
@@ -433,7 +435,7 @@ def main(arguments=None):
     options = parse_options(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     ignored = sorted(FOLORA_ONLY & {argument.partition("=")[0] for argument in given})
-    ev.need(options.method == "folora" or not ignored, f"{' '.join(ignored)} would be ignored")
+    ev.need(options.method == "folora" or not ignored, f"--method lora ignores {' '.join(ignored)}")
     ev.need(options.batch_size >= PROCESSES, "--batch-size must be at least one a process")
     resolve(options)
     scores = run(options)

@@ -73,16 +73,16 @@ STARTS = {"milora": milora, "corda": corda, "lora-null": lora_null, "lora-null-v
 NEEDS_C_PRE = ("corda", "lora-null", "lora-null-v2")
 
 
-def add_adapters(method, model, options, C_pre=None, targets=folora.TARGET_MODULES):
+def add_adapters(method, model, options, C_pre=None):
     """Put the adapters of a baseline on the model, in place, and return their optimiser.
 
     method    a name in STARTS
-    options   an object with the attributes rank, alpha (None: κ = 1) and lr
+    options   an object with the attributes rank, alpha (None: κ = 1), lr and target_modules
     C_pre     {module name: (d_in, d_in)} from folora.collect_covariances, for NEEDS_C_PRE
     """
     model.requires_grad_(False)
     start, rank = STARTS[method], options.rank
-    for name, base in folora.find_targets(model, targets, rank).items():
+    for name, base in folora.find_targets(model, options.target_modules.split(","), rank).items():
         W, factors = base.weight.detach().float(), ()
         if start is not None:
             C = C_pre[name].to(W) if method in NEEDS_C_PRE else None

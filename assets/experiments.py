@@ -6,8 +6,8 @@
 
 The searches (smollm2, gemma3, tiny) run every setting with seed 0. smollm2-fresh and gemma3-fresh
 run those that no other setting of the same method beats in both NLL and KL, with three other seeds,
-other test solutions and other held-out text. smollm2-long trains ten times as long. An interrupted
-suite goes on where it was. All options that are not below are train_math.py's.
+other test solutions and other held-out text. smollm2-long trains ten times as long, with seed 0, on
+this other data. An interrupted suite goes on where it was. All other options are train_math.py's.
 """
 import argparse
 import copy
@@ -34,7 +34,8 @@ from assets import baselines  # noqa: E402
 CACHE = HERE.parent / "runs" / "experiments"
 SCALES = (1.0, 0.7, 0.5, 0.35)             # each trained update is also scored when scaled by these
 # What the calibration texts and C_pre depend on, and what the bases depend on.
-TEXTS = ("model", "seed", "dtype", "calibration", "calibration_samples", "calibration_max_tokens")
+TEXTS = ("model", "seed", "dtype", "target_modules", "calibration", "calibration_model",
+         "calibration_samples", "calibration_max_tokens")
 BASES = (*TEXTS, "data", "max_samples", "max_length", "task_samples", "rank", "tau", "basis_rank")
 FRESH_TEST, FRESH_TEXT = slice(64, 192), dict(samples=32, seed=ev.HELD_OUT_SEED + 1)
 
@@ -338,7 +339,7 @@ def shown(values):
     if values.empty or values.hasnans:
         return "-"
     mean = values.mean()
-    digits = numpy.select([mean > 10, mean > 0.1, mean > 0.001], [1, 3, 4], 6)
+    digits = numpy.select([mean > 6, mean > 0.1, mean > 0.001, mean > 0], [1, 3, 4, 6], 4)
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 
@@ -350,16 +351,16 @@ def print_table(title, header, rows):
 
 def print_equal_nll(name, data):
     """Each method's KL where its NLL is LoRA's lowest of the same seed plus an excess, on straight
-    lines between undominated points, or at the last point if all have a lower NLL. The seeds are
-    those of all LoRA's settings, and the settings those that were run with all these seeds."""
+    lines between undominated points. The seeds are those of all LoRA's settings, and the settings
+    those that were run with all these seeds."""
     lora = data[data.method == "LoRA"].pivot(index=KEYS, columns="seed", values="nll")
     lowest, excesses, rows = lora.dropna(axis="columns").min(), (0.03, 0.01, 0.005, 0.0), []
     data = data[data.method.ne("") & data.seed.isin(lowest.index)]
     data = data.groupby(KEYS).filter(lambda some: len(some) == len(lowest))
     for method, some in data.groupby("method", sort=False):
         lines = {seed: undominated(one) for seed, one in some.groupby("seed")}
-        kls = [numpy.interp(numpy.add(excesses, lowest[seed]), line.nll, line.drift, left=numpy.nan)
-               for seed, line in lines.items()]
+        kls = [numpy.interp(numpy.add(excesses, lowest[seed]), line.nll, line.drift,
+                            left=numpy.nan, right=numpy.nan) for seed, line in lines.items()]
         rows.append([method, *map(shown, zip(*kls))])
     title = f"{name}: KL at LoRA's lowest NLL, {shown(lowest)}, plus"
     print_table(title, ["method", *excesses], rows)
