@@ -1415,7 +1415,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 600, 369), ("train_math.py", 453, 337), ("eval.py", 558, 370),
-    ("assets/experiments.py", 437, 324), ("test_folora.py", 1460, 1196)])
+    ("assets/experiments.py", 440, 327), ("test_folora.py", 1460, 1196)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

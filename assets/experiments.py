@@ -351,17 +351,20 @@ def print_table(title, header, rows):
 
 def print_equal_nll(name, data):
     """Each method's KL where its NLL is LoRA's lowest of the same seed plus an excess, on straight
-    lines between undominated points. The seeds are those of all LoRA's settings, and the settings
-    those that were run with all these seeds."""
+    lines between undominated points, or "≤" that of its last point if all have a lower NLL. The
+    seeds are those of all LoRA's settings, the settings those that were run with all these."""
     lora = data[data.method == "LoRA"].pivot(index=KEYS, columns="seed", values="nll")
     lowest, excesses, rows = lora.dropna(axis="columns").min(), (0.03, 0.01, 0.005, 0.0), []
     data = data[data.method.ne("") & data.seed.isin(lowest.index)]
     data = data.groupby(KEYS).filter(lambda some: len(some) == len(lowest))
     for method, some in data.groupby("method", sort=False):
         lines = {seed: undominated(one) for seed, one in some.groupby("seed")}
-        kls = [numpy.interp(numpy.add(excesses, lowest[seed]), line.nll, line.drift,
-                            left=numpy.nan, right=numpy.nan) for seed, line in lines.items()]
-        rows.append([method, *map(shown, zip(*kls))])
+        wanted = [numpy.add(excesses, lowest[seed]) for seed in lines]
+        kls = [numpy.interp(nlls, line.nll, line.drift, left=numpy.nan)
+               for nlls, line in zip(wanted, lines.values())]
+        beyond = [nlls > line.nll.max() for nlls, line in zip(wanted, lines.values())]
+        rows.append([method, *("≤ " * (any(some) and shown(kl) != "-") + shown(kl)
+                               for some, kl in zip(zip(*beyond), zip(*kls)))])
     title = f"{name}: KL at LoRA's lowest NLL, {shown(lowest)}, plus"
     print_table(title, ["method", *excesses], rows)
 
