@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import json
 import math
@@ -239,6 +240,7 @@ def test_sadam_is_adam_without_a_basis_and_passes_what_has_no_gradient():
     torch.manual_seed(0)
     p, unused = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.ones(3, 6))
     q, gradients = nn.Parameter(p.detach().clone()), torch.randn(5, 3, 6)
+    folora.SAdam([p], 0)                             # a schedule may begin so
     sadam, adam = folora.SAdam([unused, p], 0.1), torch.optim.Adam([q], 0.1)
     close(take_steps(sadam, p, gradients), take_steps(adam, q, gradients), rtol=1e-6, atol=1e-7)
     assert torch.equal(unused, torch.ones(3, 6)) and unused not in sadam.state
@@ -265,10 +267,10 @@ def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spe
 
 
 def test_null_space_holds_the_least_energy():
-    """At any scale, and where one direction, as a first token makes, has nearly all."""
+    """At any scale, and where one direction, as a first token makes, has nearly all. In a stack."""
     C = covariance(60, 400, 1e3)
-    for one in (C, C + 200, 1e-9 * C):
-        rows, one = folora.null_space(one.float(), 7), one.float().double()
+    stack = torch.stack([C, C + 200, 1e-9 * C]).float()
+    for rows, one in zip(folora.null_space(stack, 7), stack.double()):
         close(rows @ rows.mT, torch.eye(7), rtol=0, atol=1e-5)
         assert energy(rows, one) <= 1.02 * scipy.linalg.eigvalsh(one.numpy())[:7].sum()
 
@@ -313,7 +315,8 @@ def test_adapters_are_float32_a_basis_may_be_bfloat16_and_merge_rounds_once(dtyp
     assert layer(torch.ones(5, 16, dtype=dtype)).dtype == dtype
     W = before + 2 * nn.init.normal_(layer.lora_B).double() @ layer.lora_A.double()
     merged = folora.merge(model)["f"]
-    assert type(merged) is nn.Linear and (merged.weight == W.to(dtype)).float().mean() > 0.98
+    assert type(merged) is nn.Linear and not merged.weight.requires_grad
+    assert (merged.weight == W.to(dtype)).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("distinct, n, equal, rejected", [
@@ -1264,6 +1267,10 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     wanted = dict(rank=128, lam=1.0, s_min=0.3, batch_size=128, max_length=512, basis_rank=0,
                   calibration_samples=2000, task_samples=256, zero_start=0, compare="no", lr=3e-4)
     assert wanted.items() <= vars(paper).items()
+    for function in (folora.prepare, folora.attach):
+        ours = inspect.signature(function).parameters.items()
+        preset = train_math.PRESETS["tuned"] | dict(tau=train_math.parse_options([]).tau)
+        assert all(p.default == preset[name] for name, p in ours if name in preset)
     tuned = train_math.parse_options("--lam 2 --rank 16 --max-steps 1".split())
     wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.2e-2)
     assert wanted.items() <= vars(tuned).items()
@@ -1415,7 +1422,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 600, 369), ("train_math.py", 453, 337), ("eval.py", 558, 370),
-    ("assets/experiments.py", 440, 327), ("test_folora.py", 1460, 1196)])
+    ("assets/experiments.py", 440, 327), ("test_folora.py", 1464, 1202)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
