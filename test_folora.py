@@ -329,6 +329,13 @@ def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(distinct, n
     assert folora.is_degenerate([i % distinct for i in range(n)] + [777] * equal) == rejected
 
 
+def test_the_screen_counts_runs_of_four_neighbours():
+    """A cycle of 58 tokens has 58 4-grams, and two other tokens in it are in five more."""
+    for cycle in (58, 59):
+        tokens = [i % cycle for i in range(100)] + [700, 701] + [i % cycle for i in range(102, 256)]
+        assert folora.is_degenerate(tokens) == (cycle + 5 < 64)
+
+
 class FakeGenerator(nn.Module):
     """Stands in for a language model: `generate` returns what `script` says, or random tokens."""
 
@@ -1422,7 +1429,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 600, 369), ("train_math.py", 453, 337), ("eval.py", 558, 370),
-    ("assets/experiments.py", 440, 327), ("test_folora.py", 1464, 1202)])
+    ("assets/experiments.py", 440, 327), ("test_folora.py", 1472, 1208)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
