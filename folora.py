@@ -29,6 +29,7 @@ text is sampled from the model itself. A starts in the directions where that tex
 Not included: dense weights (Appendix D), weight decay, convolutions, fused experts.
 Keep torch.set_float32_matmul_precision at its default, "highest".
 """
+import ctypes
 import itertools
 import json
 import math
@@ -508,26 +509,30 @@ def merge(model):
 @torch.no_grad()
 def save_adapter(model, directory):
     """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
-    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r. This
-    one function needs safetensors, which comes with transformers."""
-    from safetensors.torch import save_file
+    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
-    weights = {}
+    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, layer in layers.items():
         A, B = layer.lora_A.float(), layer.lora_B.float()
         A0, B0 = (t.to(A) for t in layer.start or (A[:0], B[:, :0]))
-        weights[f"base_model.model.{name}.lora_A.weight"] = torch.cat([A, A0])      # (r or 2 r, d)
-        weights[f"base_model.model.{name}.lora_B.weight"] = torch.cat([B, -B0], dim=1)
+        for factor, t in ("lora_A", torch.cat([A, A0])), ("lora_B", torch.cat([B, -B0], dim=1)):
+            values, begin = t.cpu().contiguous(), len(data)
+            data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
+            header[f"base_model.model.{name}.{factor}.weight"] = {
+                "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
     rank = len(A) + len(A0)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
               "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
-    folder = Path(directory)
+    folder, text = Path(directory), json.dumps(header).encode()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    # The safetensors format: the header's length in 8 bytes, the header in JSON, the numbers.
+    text += b" " * (-len(text) % 8)                             # the numbers begin at 8 n bytes
+    content = len(text).to_bytes(8, "little") + text + data
+    (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----

@@ -506,6 +506,8 @@ def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, tra
     literal = literal_kl(model, ours, texts) * sum(len(text) - 1 for text in texts)
     close(kl, literal.float(), rtol=1e-3, atol=1e-5)
     folora.save_adapter(ours, tmp_path)
+    header = (tmp_path / "adapter_model.safetensors").read_bytes()[:8]
+    assert int.from_bytes(header, "little") % 8 == 0                       # the numbers are aligned
     ours.save_pretrained(tmp_path / "whole")                               # without the adapters
     alone = load_model(tmp_path / "whole")(**inputs[0]).logits
     assert torch.allclose(alone, untouched, atol=1e-4) == zero_start
@@ -1428,7 +1430,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 # ---- the house -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
-    ("folora.py", 600, 369), ("train_math.py", 453, 337), ("eval.py", 558, 370),
+    ("folora.py", 605, 374), ("train_math.py", 453, 337), ("eval.py", 558, 370),
     ("assets/experiments.py", 440, 327), ("test_folora.py", 1472, 1208)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
@@ -1448,9 +1450,7 @@ def test_folora_stands_alone():
     tree = ast.parse((HERE / "folora.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {getattr(node, "module", node.names[0].name).split(".")[0] for node in imports}
-    assert names <= {"torch", "safetensors", *sys.stdlib_module_names}
-    assert not any("safetensors" in ast.unparse(node) for node in tree.body
-                   if getattr(node, "name", "") != "save_adapter")
+    assert names <= {"torch", *sys.stdlib_module_names}
 
 
 def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
