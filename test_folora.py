@@ -710,8 +710,7 @@ def test_drift_is_the_kl_of_next_token_distributions(tiny):
     texts = [tokenizer(text, return_tensors="pt")["input_ids"][0]
              for text in ("12 + 7 = 19\n", "Q: what is 4 + 4?\nA: 8\nQ: ")]
     literal = pytest.approx(literal_kl(model, other, texts).item(), rel=1e-3)
-    assert ev.drift(other, model, texts) == literal == train_math.Probe(model, texts, 400)(other)
-    assert len(train_math.Probe(model, texts, positions=6).before) == 6
+    assert ev.drift(other, model, texts) == literal
 
 
 def test_greedy_is_the_argmax_whatever_the_checkpoint_sets_and_stops_at_its_end(tiny):
@@ -1035,6 +1034,7 @@ def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
 def test_training_is_a_literal_loop_without_micro_batches(run, kl, count, how, trained, tiny):
     """The loss is the batch's, plus kl times KL(untouched || now) on `count` calibration texts."""
     untouched, tokenizer = tiny
+    held_out = ev.held_out(untouched, tokenizer, 40)[:4]
     model, examples = copy.deepcopy(untouched), word_problems(tokenizer, 64)
     texts = folora.sample_calibration(untouched, tokenizer, 4, 40, 40)
     task = [torch.tensor(example["ids"]) for example in examples[:8]]
@@ -1059,6 +1059,9 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, count, how, t
         optimizer.zero_grad()
         literal = [loss.item(), group["lr"], norm.item()]
         assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
+        with torch.no_grad():
+            now = literal_kl(untouched, model, held_out).item()
+        assert line["drift"] in (None, pytest.approx(now, rel=1e-2, abs=1e-6))
 
 
 def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
@@ -1178,22 +1181,16 @@ def test_two_processes_share_bases_and_do_what_one_does(trained, tmp_path):
         assert all((a[name] - b[name]).norm() < 1e-5 * a[name].norm() for name in a)
 
 
-def test_calibration_texts_are_given_and_cut_or_from_a_model_with_the_same_tokenizer(
-        tiny, tmp_path, capsys):
-    model, tokenizer, text = copy.deepcopy(tiny[0]), tiny[1], "The cat is a cat. " * 30
-    texts_of = lambda *more: train_math.calibration_texts(
-        train_math.parse_options([*FAST, "--calibration-samples", "1", *more]), model, tokenizer)
+def test_calibration_texts_are_given_and_cut_and_drift_needs_one_tokenizer(tiny, tmp_path, capsys):
+    model, tokenizer, text = *tiny, "The cat is a cat. " * 30
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    given = texts_of("--calibration", str(tmp_path / "own.jsonl"))
+    options = train_math.parse_options(
+        [*FAST, "--calibration-samples", "1", "--calibration", str(tmp_path / "own.jsonl")])
+    given = train_math.calibration_texts(options, model, tokenizer)
     assert given == [tokenizer(text)["input_ids"][:40]]
-    before = texts_of()
-    nn.init.normal_(model.lm_head.weight)
-    assert texts_of("--calibration-model", "tiny") == before != texts_of()
     other = shutil.copytree(ev.TINY, tmp_path / "other") / "tokenizer.json"
     swapped = other.read_text().replace('whe": 501', 'whe": 502').replace('Mon": 502', 'Mon": 501')
     other.write_text(swapped)
-    with pytest.raises(ev.UserError, match="has another tokenizer"):
-        texts_of("--calibration-model", str(other.parent))
     line = stopped(ev.main, ["tiny", other.parent, "--tasks", "drift"], capsys)
     assert "other has another tokenizer than tiny" in line
     with pytest.raises(ev.UserError, match="no token to score"):
@@ -1234,14 +1231,13 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("unrecognized arguments: {flag} {value}", "--steps 5", "tiny --banana 5"),
     ("{flag} {value}: it is cpu, cuda or", "--device banana", "--device cuda:99",
      "tiny --device banana"), ("nothing to score", "tiny --tasks=", "--tasks="),
-    ("--method lora ignores --basis-rank --compare --task-samples", "--method lora"),
     ("rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width", "--rank 193"),
     ("64 of 64 examples have prompts that fill {value} tokens (raise {flag})", "--max-length 20"),
     ("beyond the 512 positions of tiny", "--max-length 513", "--calibration-max-tokens 512"),
     ("no nn.Linear is called nothing", "--target-modules nothing"),
     ("lm_head shares its weight", "--target-modules lm_head"),
     ("{value}: no such directory, and no short name", "--model nowhere", "--model runs/nowhere",
-     "--calibration-model nowhere", "nowhere"), ("pip install lm-eval", "tiny --harness mmlu"),
+     "nowhere"), ("pip install lm-eval", "tiny --harness mmlu"),
     ("{value}: neither a checkpoint", "--model good.jsonl", "good.jsonl"),
     ("unknown task trivia", "--tasks facts,trivia", "tiny --tasks trivia"),
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
@@ -1430,8 +1426,8 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 # ---- the house -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
-    ("folora.py", 605, 374), ("train_math.py", 453, 337), ("eval.py", 558, 370),
-    ("assets/experiments.py", 440, 327), ("test_folora.py", 1472, 1208)])
+    ("folora.py", 605, 374), ("train_math.py", 433, 318), ("eval.py", 558, 370),
+    ("assets/experiments.py", 440, 327), ("test_folora.py", 1468, 1205)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
