@@ -7,13 +7,15 @@
 The searches (smollm2, gemma3, tiny) run every setting with seed 0. smollm2-fresh and gemma3-fresh
 run those that no other setting of the same method beats in both NLL and KL, with three other seeds,
 other test solutions and other held-out text. smollm2-long trains ten times as long, with seed 0, on
-this other data. An interrupted suite goes on where it was. All other options are train_math.py's.
+this other data. codes teaches tiny what it knows nothing of, codes for words. An interrupted suite
+goes on where it was. All other options are train_math.py's.
 """
 import argparse
 import copy
 import hashlib
 import itertools
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -30,6 +32,7 @@ import eval as ev  # noqa: E402
 import folora  # noqa: E402
 import train_math  # noqa: E402
 from assets import baselines  # noqa: E402
+from tiny import make_tiny  # noqa: E402
 
 CACHE = HERE.parent / "runs" / "experiments"
 SCALES = (1.0, 0.7, 0.5, 0.35)             # each trained update is also scored when scaled by these
@@ -46,6 +49,7 @@ REAL = ("--rank 32 --batch-size 8 --micro-batch-size 4 --gradient-checkpointing 
 SMOLLM2, GEMMA3 = "--model SmolLM2-135M-Instruct " + REAL, "--model google/gemma-3-270m " + REAL
 SUITES = {"tiny": "--max-steps 160 --batch-size 8 --max-samples 3200 --eval-samples 100 "
                   "--log-every 160",
+          "codes": "--max-steps 160 --batch-size 8 --eval-samples 100 --log-every 160",
           "smollm2": SMOLLM2 + "--max-steps 40 --eval-samples 64",
           "smollm2-fresh": SMOLLM2 + "--max-steps 40 --eval-samples 250",
           "smollm2-long": SMOLLM2 + "--max-steps 400 --eval-samples 250 --log-every 20",
@@ -110,6 +114,7 @@ SETTINGS = {"gemma3": SEARCH, "gemma3-fresh": SEARCH, "smollm2": SEARCH + [
     ("", "folora --basis-rank 64 --lam 1 --lr 1.2e-2"),
     ("", "folora --basis-rank 128 --lam 10 --lr 1.2e-2"),
     ("", f"{OURS} --lr 1.2e-2 --zero-start 0")]}
+SETTINGS["codes"] = [row for row in SETTINGS["tiny"] if row[0]]
 
 
 def grid(command, change=None):
@@ -256,6 +261,16 @@ def run(shared, suite, setting):
     scores = {str(scale): scores_of(shared, exact, scale) for scale in SCALES}
     shutil.rmtree(out)
     return setting | {"scores": scores.pop("1.0"), "scaled": scores}
+
+
+def write_codes(path, seed, count=2000):
+    """The data of the suite codes: three of 20 words, and their codes of two syllables each."""
+    rng, words = random.Random(0), make_tiny.WORDS[:20]
+    codes = {word: "".join(rng.choices(make_tiny.SYLLABLES, k=2)) for word in words}
+    rng.seed(seed)
+    asked = [rng.sample(words, 3) for _ in range(count)]
+    train_math.save([{"question": f"Write in code: {' '.join(some)}",
+                      "answer": " ".join(map(codes.get, some))} for some in asked], path)
 
 
 def read(name):
@@ -433,6 +448,10 @@ def main(arguments=None):
     tasks = "nll,nq_open,webqs,drift" if "-" in options.suite else "nll,drift"
     if options.suite == "tiny":
         tasks = f"{ev.default_tasks('tiny')},nll={ev.TINY / 'test.jsonl'}"
+    if options.suite == "codes":
+        train, test = CACHE / "codes.jsonl", CACHE / "codes_test.jsonl"
+        write_codes(train, 1), write_codes(test, 2)
+        tasks, more = f"facts,sort,reverse,sums,drift,nll={test}", ["--data", str(train), *more]
     run_all(options.suite, (*SUITES[options.suite].split(), "--tasks", tasks, *more))
 
 
