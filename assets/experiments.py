@@ -114,7 +114,8 @@ SETTINGS = {"gemma3": SEARCH, "gemma3-fresh": SEARCH, "smollm2": SEARCH + [
     ("", "folora --basis-rank 64 --lam 1 --lr 1.2e-2"),
     ("", "folora --basis-rank 128 --lam 10 --lr 1.2e-2"),
     ("", f"{OURS} --lr 1.2e-2 --zero-start 0")]}
-SETTINGS["codes"] = [row for row in SETTINGS["tiny"] if row[0]]
+SETTINGS["codes"] = [row for row in SETTINGS["tiny"] if row[0]] + [
+    ("FoLoRA", "folora --basis-rank 32|64 --lam 1 --lr 1.2e-2|2.4e-2")]
 
 
 def grid(command, change=None):
@@ -410,20 +411,20 @@ def draw(panels):
 
 def report():
     """Print the tables of all suites that have been run, and draw the searches: NLL and KL at equal
-    NLL, the undominated points of every front with the settings outside the fronts, and Spearman's
-    rank correlation of each measure of drift with what was lost."""
+    NLL, the undominated points that are not scaled with the settings outside the fronts, and
+    Spearman's rank correlation of each measure of drift with what was lost."""
     found = {name: measured(name) for name in SUITES if read(name)["runs"]}
     for name, data in found.items():
         print_equal_nll(name, data)
         untouched, kept = read(name)["untouched"], undominated(data).index
         names = [n for n in untouched if n in data and n not in ("Avg2", "GM")]
         cells = data.groupby(KEYS, sort=False)[names].agg(shown)
-        rows = [["untouched", "", "", *(shown([untouched[n]]) for n in names)]]
-        rows += [[*key, *row] for key, row in zip(cells.index, cells.values)
-                 if key in kept or (key[0], key[2]) == ("", 1.0)]
-        print_table(f"{name}: NLL and KL (drift) in nat per token", [*KEYS, *names], rows)
+        rows = [["untouched", "", *(shown([untouched[n]]) for n in names)]]
+        rows += [[*key[:2], *row] for key, row in zip(cells.index, cells.values)
+                 if key[2] == 1.0 and (key in kept or key[0] == "")]
+        print_table(f"{name}: NLL and KL (drift) in nat per token", [*KEYS[:2], *names], rows)
         for lost in ("prose", "Avg1"):
-            some = data.drop_duplicates(["setting", "scale", "seed"])
+            some = data.drop(columns="method").drop_duplicates()
             some = some.reindex(columns=[*MEASURES, lost]).dropna()
             if len(some) > 9:
                 rho = some.corr("spearman")[lost][MEASURES].round(2).to_dict()
