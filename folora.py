@@ -24,7 +24,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ over tokens
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L         the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
-    s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, its sharpness and floor
+    s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
 
 Not included: dense weights (Appendix D), weight decay, convolutions, fused experts.
 Keep torch.set_float32_matmul_precision at its default, "highest".
@@ -471,7 +471,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     task_batches       batches of the target task; 256 examples in the paper
     rank, alpha        of the adapters; κ = alpha / rank (None: 1)
     tau, basis_rank    as in decompose. With more directions the adapter learns and forgets more.
-    lam, s_min         the gate's sharpness and floor, Eq. 22
+    lam, s_min         the γ at which the gate is one half, and the gate's floor, Eq. 22
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
 
     The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
@@ -576,7 +576,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress           called with 1 for each accepted sample, such as a tqdm bar's update
     returns            num_samples LongTensors on the CPU, BOS first, in random order; the same for
                        the same seed, batch_size, device and dtype (the model's; B.4: float16)
-    RuntimeError       once more than 64 + 10 · accepted samples have been rejected
+    RuntimeError       once more than 64 + 10 · accepted samples have been rejected, as are all of
+                       fewer than 32 tokens
     """
     config = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None) or tokenizer.eos_token_id

@@ -71,7 +71,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
     ("--alpha", POSITIVE, None, "scaling alpha / rank; none: 1 [ours]"),
     ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
-    ("--lam", POSITIVE, None, "lambda, sharpness of the gate: more forgets less [the paper's]"),
+    ("--lam", POSITIVE, None, "lambda, the gamma of gate 1/2: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
     ("--basis-rank", NATURAL, None, "directions in which A may move, 0: all [ours]"),
     ("--zero-start", SWITCH, None, "1: B starts at 0; 0: at the paper's residual [ours]"),
@@ -272,8 +272,8 @@ def data_order(count, batch_size, epochs, max_steps, seed):
 
 
 def kl_from_untouched(model, texts):
-    """KL(untouched || now), summed over the next-token positions of texts, in nat. The untouched
-    model has the same weights: B = 0 or, where W0 has become W_res, the start's A0 and B0."""
+    """KL(untouched || now), summed over the next-token positions of texts, in nat. For the untouched
+    model, B is 0 or, if the start has changed W0, A and B are the start's, up to W_res's rounding."""
     layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
     trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
     batch = ev.collate(texts, model.device)
@@ -304,7 +304,7 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
         loss = ev.summed_nll(model, ev.collate(micro, model.device)) / labels
         loss.backward()
         total += loss.item()
-    positions = sum(len(text) - 1 for text in texts)
+    positions = max(1, sum(len(text) - 1 for text in texts))
     for some in ev.by_length(texts[PROCESS::PROCESSES], micro_batch_size):
         (weight / positions * kl_from_untouched(model, some)).backward()
     if PROCESSES > 1:
@@ -368,17 +368,17 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
 
 def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
-    own, bases, reference = (), None, None
-    held_out = lambda: ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
-    texts = once(out / "held_out.json", lambda: [text.tolist() for text in held_out()])
+    texts, bases, reference = (), None, None
+    write = lambda: ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
+    held_out = once(out / "held_out.json", lambda: [text.tolist() for text in write()])
     before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
-        own = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
+        texts = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
     if options.method == "folora":
-        bases = once(out / "prepared.pt", lambda: solve(options, model, own, examples))
+        bases = once(out / "prepared.pt", lambda: solve(options, model, texts, examples))
     torch.manual_seed(options.seed)
     optimizer = add_adapters(options, model, bases)
-    train(options, model, optimizer, examples, texts[:4], out, own)
+    train(options, model, optimizer, examples, held_out[:4], out, texts)
     if PROCESS > 0:
         return
     folora.save_adapter(model, out / "adapter")
@@ -390,7 +390,7 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
             tokenizer.save_pretrained(out / "merged")
     if "drift" in tasks:
         reference, _ = ev.load_model(options.model, model.device, model.dtype)
-    after = ev.evaluate(model, tokenizer, tasks, reference, texts)
+    after = ev.evaluate(model, tokenizer, tasks, reference, held_out)
     scores = {"untouched": before | ev.summarise(before, before),
               options.method: after | ev.summarise(after, before)}
     save({"scores": scores}, out / "summary.json")
@@ -421,7 +421,7 @@ def main(arguments=None):
     scores = run(options)
     if options.method == "folora" and options.compare == "lora":
         lr, out = LEARNING_RATES["lora"][ev.is_tiny(options.model)], f"{options.out}/lora"
-        lora = argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, out=out))
+        lora = argparse.Namespace(**vars(options) | dict(method="lora", lr=lr, kl=0.0, out=out))
         scores |= run(lora, scores.get("untouched"))
     if PROCESS == 0:
         print(ev.table(scores))
