@@ -273,7 +273,7 @@ def data_order(count, batch_size, epochs, max_steps, seed):
 
 def kl_from_untouched(model, texts):
     """KL(untouched || now), summed over the next-token positions of texts, in nat. The untouched
-    model has B = 0 or, where W0 has become W_res, the start's A and B: W0 up to W_res's rounding."""
+    model has B = 0 or, if W0 has become W_res, the start's A and B, up to W_res's rounding."""
     layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
     trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
     batch = ev.collate(texts, model.device)
