@@ -1067,8 +1067,8 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, count, how, t
 def test_lora_is_compared_in_the_same_run(trained, tiny, capsys):
     out, printed = trained(*COMPARED)
     assert printed.split()[:3] == ["untouched", "folora", "lora"]
-    rates = [read_json(run / "config.json")["options"]["lr"] for run in (out, out / "lora")]
-    assert rates == [1e-2, 4e-3]
+    options = [read_json(run / "config.json")["options"] for run in (out, out / "lora")]
+    assert [(o["lr"], o["kl"]) for o in options] == [(1e-2, 2.0), (4e-3, 0.0)]
     train_math.main(command(*COMPARED, "--out", str(out), "--micro-batch-size", "2"))
     assert printed == capsys.readouterr().out        # a finished run prints its table
     merged, adapter = weights_of(out), weights_of(out / "adapter")
@@ -1138,14 +1138,14 @@ def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
 def test_the_gradient_is_clipped_and_checkpointing_runs_the_layers_again(tiny):
     model, calls, examples = copy.deepcopy(tiny[0]), [], word_problems(tiny[1], 1)
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
-    for on in (1, 0):
+    for on, texts in ((1, []), (0, [[5]])):          # a text of one token has no KL
         train_math.recompute(model, on)
         assert not any(m.training for m in model.modules() if isinstance(m, nn.Linear))
-        model.zero_grad()
-        _, norm = train_math.gradients(model, torch.optim.SGD(model.parameters()), examples, 1)
+        (sgd := torch.optim.SGD(model.parameters())).zero_grad()
+        _, norm = train_math.gradients(model, sgd, examples, 1, 1.0, texts)
         clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
         assert clipped == pytest.approx(1.0, rel=1e-3) and norm > 1.1
-    assert len(calls) == 3                   # twice with, once without
+    assert len(calls) == 5                   # twice with, once without and twice for the text
 
 
 TWO_PROCESSES = """
