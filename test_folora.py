@@ -517,12 +517,15 @@ def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, tra
         close(loaded(**inputs[0]).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [dict(load_in_8bit=True),
-                                 dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")])
-def test_a_quantised_base_is_trained_through_peft(how, trajectory):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("package, how", [
+    ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_8bit=True)),
+    ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_4bit=True,
+                                                               bnb_4bit_quant_type="nf4")),
+    ("torchao.quantization", lambda ao: transformers.TorchAoConfig(ao.Int8WeightOnlyConfig()))])
+def test_a_quantised_base_is_trained_through_peft(package, how, trajectory):
+    config = how(pytest.importorskip(package))
     _, batches, inputs, expected = trajectory
-    model = load_model(ev.TINY, quantization_config=transformers.BitsAndBytesConfig(**how))
+    model = load_model(ev.TINY, quantization_config=config)
     with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
         folora.find_targets(model)
     theirs = wrapped(model)
