@@ -12,7 +12,7 @@ A column v of V solves C_task v = γ H v, so γ = U/R is the utility of v per un
 gate s = γ / (γ + λ) is near 1 for useful directions and near 0 for harmful ones. The pretraining
 text is sampled from the model itself. A starts in the directions where that text has least energy.
 
-    texts = folora.sample_calibration(model, tokenizer, 256)        # what must not be forgotten
+    texts = folora.sample_calibration(model, tokenizer, 128)        # what must not be forgotten
     pretrain = [{"input_ids": text[None]} for text in texts]        # batches for model(**batch)
     optimizer = folora.prepare(model, pretrain, task_batches, lr=3e-3, rank=32)
     ...                                                             # any training loop

@@ -523,9 +523,8 @@ def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, tra
                                                                bnb_4bit_quant_type="nf4")),
     ("torchao.quantization", lambda ao: transformers.TorchAoConfig(ao.Int8WeightOnlyConfig()))])
 def test_a_quantised_base_is_trained_through_peft(package, how, trajectory):
-    config = how(pytest.importorskip(package))
     _, batches, inputs, expected = trajectory
-    model = load_model(ev.TINY, quantization_config=config)
+    model = load_model(ev.TINY, quantization_config=how(pytest.importorskip(package)))
     with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
         folora.find_targets(model)
     theirs = wrapped(model)
@@ -712,8 +711,7 @@ def test_drift_is_the_kl_of_next_token_distributions(tiny):
     other.model.layers[2].mlp.down_proj.weight.data.mul_(1.5)
     texts = [tokenizer(text, return_tensors="pt")["input_ids"][0]
              for text in ("12 + 7 = 19\n", "Q: what is 4 + 4?\nA: 8\nQ: ")]
-    literal = pytest.approx(literal_kl(model, other, texts).item(), rel=1e-3)
-    assert ev.drift(other, model, texts) == literal
+    close(ev.drift(other, model, texts), literal_kl(model, other, texts).item(), rtol=1e-3, atol=0)
 
 
 def test_greedy_is_the_argmax_whatever_the_checkpoint_sets_and_stops_at_its_end(tiny):
@@ -807,11 +805,10 @@ def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
     (tmp_path / "config.json").write_text('{"options": {"model": "tiny"}}')
     path = tmp_path / "adapter/adapter_config.json"                  # the run knows better
     path.write_text(path.read_text().replace('"tiny"', '"/moved/away"'))
-    run = {"model": "tiny"}
-    assert ev.find_model(str(tmp_path)) == (str(ev.TINY), tmp_path / "adapter", run)
+    assert ev.find_model(str(tmp_path)) == (str(ev.TINY), tmp_path / "adapter", {"model": "tiny"})
     close(weights_of(tmp_path), wanted)
     shutil.copytree(ev.TINY, tmp_path / "merged")
-    assert ev.find_model(str(tmp_path)) == (str(tmp_path / "merged"), None, run)
+    assert ev.find_model(str(tmp_path)) == (str(tmp_path / "merged"), None, {"model": "tiny"})
 
 
 def stopped(main, arguments, capsys, status=2):
@@ -1189,8 +1186,7 @@ def test_calibration_texts_are_given_and_cut_and_drift_needs_one_tokenizer(tiny,
     (tmp_path / "own.jsonl").write_text(json.dumps({"text": text}) + "\n")
     options = train_math.parse_options(
         [*FAST, "--calibration-samples", "1", "--calibration", str(tmp_path / "own.jsonl")])
-    given = train_math.calibration_texts(options, model, tokenizer)
-    assert given == [tokenizer(text)["input_ids"][:40]]
+    assert train_math.calibration_texts(options, *tiny) == [tokenizer(text)["input_ids"][:40]]
     other = shutil.copytree(ev.TINY, tmp_path / "other") / "tokenizer.json"
     swapped = other.read_text().replace('whe": 501', 'whe": 502').replace('Mon": 502', 'Mon": 501')
     other.write_text(swapped)
@@ -1358,7 +1354,7 @@ def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
 
 
 REPORT = """
-smollm2: KL at LoRA's lowest NLL, 2.050 ± 0.071, plus
+smollm2: KL at LoRA's lowest NLL (2.050 ± 0.071) +
 | method | 0.03 | 0.01 | 0.005 | 0.0 |
 | LoRA | 0.303 ± 0.014 | 0.308 ± 0.014 | 0.309 ± 0.014 | 0.310 ± 0.014 |
 | MiLoRA | - | - | - | - |
@@ -1391,6 +1387,7 @@ def test_the_report_and_what_is_fresh_from_the_undominated_settings(experiments,
             points += pairs
     untouched = {"nll": 5.0, "drift": 0.0, "GM": 1.0}
     (tmp_path / "smollm2.json").write_text(json.dumps({"untouched": untouched, "runs": runs}))
+    (tmp_path / "smollm2-fresh.json").write_text(json.dumps({"runs": runs[6:7]}))      # of lora[3]
     experiments.main(["report"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line and "---" not in line]
     rho = scipy.stats.spearmanr(*zip(*points))[0]

@@ -36,7 +36,7 @@ import folora
 # torchrun starts PROCESSES processes. They share the training; all else is the work of the first.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --preset and --model tiny set, where the command line does not.
-PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=256),
+PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=128),
            "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, calibration_samples=2000)}
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=2000, batch_size=16,
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
@@ -86,7 +86,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--gradient-checkpointing", SWITCH, 1, "1: less memory, more time [ours]"),
     ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
     ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
-    ("--calibration-samples", COUNT, None, "texts behind C_pre [ours]"),
+    ("--calibration-samples", COUNT, None, "texts for C_pre; 4 x its width in tokens do [ours]"),
     ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
     ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),

@@ -7,8 +7,7 @@
 The searches (smollm2, gemma3, tiny) run every setting with seed 0. smollm2-fresh and gemma3-fresh
 run those that no other setting of the same method beats in both NLL and KL, with three other seeds,
 other test solutions and other held-out text. smollm2-long trains ten times as long, with seed 0, on
-this other data. codes teaches tiny what it knows nothing of, codes for words. An interrupted suite
-goes on where it was. All other options are train_math.py's.
+this data. codes teaches tiny invented codes for words. An interrupted suite goes on where it was.
 """
 import argparse
 import copy
@@ -370,19 +369,18 @@ def print_equal_nll(name, data):
     lines between undominated points, or "≤" that of its last point if all have a lower NLL. The
     seeds are those of all LoRA's settings, the settings those that were run with all these."""
     lora = data[data.method == "LoRA"].pivot(index=KEYS, columns="seed", values="nll")
-    lowest, excesses, rows = lora.dropna(axis="columns").min(), (0.03, 0.01, 0.005, 0.0), []
+    lowest, excess, rows = lora.dropna(axis="columns").min(), (0.03, 0.01, 0.005, 0.0), []
     data = data[data.method.ne("") & data.seed.isin(lowest.index)]
     data = data.groupby(KEYS).filter(lambda some: len(some) == len(lowest))
     for method, some in data.groupby("method", sort=False):
         lines = {seed: undominated(one) for seed, one in some.groupby("seed")}
-        wanted = [numpy.add(excesses, lowest[seed]) for seed in lines]
+        wanted = [numpy.add(excess, lowest[seed]) for seed in lines]
         kls = [numpy.interp(nlls, line.nll, line.drift, left=numpy.nan)
                for nlls, line in zip(wanted, lines.values())]
         beyond = [nlls > line.nll.max() for nlls, line in zip(wanted, lines.values())]
         rows.append([method, *("≤ " * (any(some) and shown(kl) != "-") + shown(kl)
                                for some, kl in zip(zip(*beyond), zip(*kls)))])
-    title = f"{name}: KL at LoRA's lowest NLL, {shown(lowest)}, plus"
-    print_table(title, ["method", *excesses], rows)
+    print_table(f"{name}: KL at LoRA's lowest NLL ({shown(lowest)}) +", ["method", *excess], rows)
 
 
 def draw(panels):
@@ -413,7 +411,8 @@ def report():
     """Print the tables of all suites that have been run, and draw the searches: NLL and KL at equal
     NLL, the undominated points that are not scaled with the settings outside the fronts, and
     Spearman's rank correlation of each measure of drift with what was lost."""
-    found = {name: measured(name) for name in SUITES if read(name)["runs"]}
+    found = {name: data for name in SUITES
+             if read(name)["runs"] and not (data := measured(name)).empty}
     for name, data in found.items():
         print_equal_nll(name, data)
         untouched, kept = read(name)["untouched"], undominated(data).index
