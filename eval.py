@@ -76,7 +76,7 @@ class UserError(Exception):
 
 
 # These end a script in one line; ValueError and RuntimeError do so only if folora.py raises them.
-MENDABLE = (UserError, OSError, MemoryError, FloatingPointError)
+MENDABLE = (UserError, OSError, MemoryError, FloatingPointError, KeyboardInterrupt)
 
 
 def need(condition, message):
@@ -101,8 +101,6 @@ def one_line(main):
     def guarded(arguments=None):
         try:
             return main(arguments)
-        except KeyboardInterrupt:
-            message, status = "interrupted", 2
         except (*MENDABLE, ValueError, RuntimeError) as error:
             source = traceback.extract_tb(error.__traceback__)[-1].filename
             memory = re.search("allocate memory|out of memory", str(error))   # on a CPU, on a GPU

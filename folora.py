@@ -404,15 +404,15 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
 
 
 def _row_length(layer):
-    """The root mean square length of the rows of W0, which is read as the layer's output for the
-    identity, without the bias: a layer that PEFT has wrapped may be quantised."""
+    """The root mean square length of the rows of W0, or 1 if that is 0. W0 is read as the layer's
+    output for the identity, without the bias: a layer that PEFT has wrapped may be quantised."""
     base, weight = getattr(layer, "base_layer", layer), layer.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     # Without requires_grad, bitsandbytes may repack its weights: see plain_mode.
     inputs = torch.eye(layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
     no_bias = {} if base.bias is None else {"bias": torch.zeros_like(base.bias)}
     W0 = torch.func.functional_call(base, no_bias, (inputs,))   # (d_in, d_out)
-    return W0.float().norm().item() / math.sqrt(layer.out_features)
+    return W0.float().norm().item() / math.sqrt(layer.out_features) or 1.0
 
 
 @torch.inference_mode(False)
@@ -447,9 +447,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
                 B.data = torch.zeros_like(B, dtype=A0.dtype)
             # B's first step from 0 makes κ B's rows about lr times as long as W0's, so that one lr
             # serves layers and models of every scale. The paper's start gets plain Adam for B.
-            scale = 1.0
-            if zero_start:                                      # W0 may be 0
-                scale = (_row_length(layer) or 1.0) / (math.sqrt(len(A)) * kappa)
+            scale = _row_length(layer) / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
             plain.append({"params": [B], "scale": scale})
             A.needs_sadam = B.needs_sadam = True
             As.append(A)
@@ -589,8 +587,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
                eos_token_id=eos, pad_token_id=eos[0])
     kept, seen, rejected = [], set(), 0
-    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
-    with plain_mode(model), torch.random.fork_rng(devices):
+    with plain_mode(model), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for ids in _candidates(model, lambda: num_samples - len(kept), bos, batch_size, how):
             text = tokenizer.decode(ids)
