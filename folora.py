@@ -26,7 +26,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
 
-Not included: dense weights (Appendix D), weight decay, convolutions, fused experts.
+Not included: dense weights (Appendix D), weight decay, convolutions, fused experts, FSDP.
 Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import ctypes
