@@ -348,6 +348,15 @@ def undominated(data):
     return means[means.drift < means.groupby("method").drift.transform(before)]
 
 
+def beside_folora(data):
+    """Each run's KL over that of FoLoRA's front at the run's NLL, with the same seed."""
+    ratios = pandas.Series(numpy.nan, data.index)
+    for seed, ours in data[data.method == "FoLoRA"].groupby("seed"):
+        front, runs = undominated(ours), data[data.seed == seed]
+        ratios[runs.index] = runs.drift / numpy.interp(runs.nll, front.nll, front.drift)
+    return ratios
+
+
 def shown(values):
     """Mean and standard deviation over the seeds, or "-" if one is missing."""
     values = pandas.Series(values)
@@ -417,8 +426,10 @@ def report():
         print_equal_nll(name, data)
         untouched, kept = read(name)["untouched"], undominated(data).index
         names = [n for n in untouched if n in data and n not in ("Avg2", "GM")]
+        rows = [["untouched", "", *(shown([untouched[n]]) for n in names), ""]]
+        names.append("KL / FoLoRA's")
+        data[names[-1]] = beside_folora(data)
         cells = data.groupby(KEYS, sort=False)[names].agg(shown)
-        rows = [["untouched", "", *(shown([untouched[n]]) for n in names)]]
         rows += [[*key[:2], *row] for key, row in zip(cells.index, cells.values)
                  if key[2] == 1.0 and (key in kept or key[0] == "")]
         print_table(f"{name}: NLL and KL (drift) in nat per token", [*KEYS[:2], *names], rows)
