@@ -587,7 +587,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
                eos_token_id=eos, pad_token_id=eos[0])
     kept, seen, rejected = [], set(), 0
-    with plain_mode(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+    devices = [p.device for p in model.parameters() if p.is_cuda][:1]
+    with plain_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for ids in _candidates(model, lambda: num_samples - len(kept), bos, batch_size, how):
             text = tokenizer.decode(ids)
