@@ -86,7 +86,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--gradient-checkpointing", SWITCH, 1, "1: less memory, more time [ours]"),
     ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
     ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
-    ("--calibration-samples", COUNT, None, "texts for C_pre; 4 x its width in tokens do [ours]"),
+    ("--calibration-samples", COUNT, None, "texts; enough: 4 tokens per column of C_pre [ours]"),
     ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
     ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),

@@ -6,8 +6,8 @@
 
 The searches (smollm2, gemma3, tiny) run every setting with seed 0. smollm2-fresh and gemma3-fresh
 run those that no other setting of the same method beats in both NLL and KL, with three other seeds,
-other test solutions and other held-out text. smollm2-long trains ten times as long, with seed 0, on
-this data. codes teaches tiny invented codes for words. An interrupted suite goes on where it was.
+other test solutions and other held-out text. smollm2-long trains ten times as long, with seed 0,
+and is scored so. codes teaches tiny invented codes. An interrupted suite goes on where it was.
 """
 import argparse
 import copy
@@ -349,7 +349,7 @@ def undominated(data):
 
 
 def beside_folora(data):
-    """Each run's KL over that of FoLoRA's front at the run's NLL, with the same seed."""
+    """Each run's KL over that of FoLoRA's front, same seed, at the run's NLL or the nearest."""
     ratios = pandas.Series(numpy.nan, data.index)
     for seed, ours in data[data.method == "FoLoRA"].groupby("seed"):
         front, runs = undominated(ours), data[data.seed == seed]
