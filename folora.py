@@ -21,7 +21,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     paper             shape                   in code           meaning
     W0 or W_res       (d_out, d_in)           weight            frozen; W_res = W0 - κ B0 A0
     A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B    W = W_res + κ B A; κ is `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ over tokens
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ, mean eigenvalue 1
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L         the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
@@ -41,11 +41,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# Appendix B adapts all seven projections of a block.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ---- 3.1  First-order preservation: covariances for forgetting (Eq. 5-6) and utility (Eq. 7) -----
+# ---- The layers to adapt, in a plain model or in one that PEFT has wrapped -----------------------
 
 def _factors(layer):
     """(A, B, κ) of a LoRALinear or of a layer that PEFT has wrapped, else None. Needs no peft."""
@@ -63,8 +62,8 @@ def _factors(layer):
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     """The layers to adapt, {full name: module}. Where PEFT has wrapped the model, they are PEFT's.
 
-    target_modules   a name or several, of nn.Linear modules or the ends of their names: "q_proj" is
-                     the end of "layers.0.self_attn.q_proj". "all-linear": all but the output head.
+    target_modules   the names of nn.Linear modules, or the ends of their names (Appendix B: all
+                     seven projections of a block), or "all-linear": all but the output head
     ValueError       the layers cannot be adapted, or not with this rank
     """
     modules = dict(model.named_modules())
@@ -102,7 +101,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
 @contextmanager
 def plain_mode(model):
     """Evaluation mode and a default generation_config: a chat model's penalties and beams are no
-    part of B.4. Both are put back at the end. What bitsandbytes does on a CPU is set for good."""
+    part of B.4. Both are put back at the end, but not the setting of bitsandbytes."""
     modes = {module: module.training for module in model.modules()}
     configs = {m: m.generation_config for m in modes if "generation_config" in vars(m)}
     for module in modes:
@@ -124,6 +123,8 @@ def plain_mode(model):
             module.training = training
 
 
+# ---- 3.1  First-order preservation: covariances for forgetting (Eq. 5-6) and utility (Eq. 7) -----
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def collect_covariances(model, batches, target_modules=TARGET_MODULES):
@@ -132,7 +133,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count; experts need batches without such tokens.
+                 "attention_mask" is 0 do not count. Models with experts need batches without them.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
@@ -175,6 +176,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
 # ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
 #
+# Eq. 4      |(B0 + ΔB) ΔA X_pre| <= |B0 + ΔB| |ΔA X_pre|, so ΔA X_pre is what has to stay small
 # Eq. 5-7    R(ΔA) = tr(ΔA H ΔAᵀ) with H = C_pre + τ I, and U(ΔA) = tr(ΔA C_task ΔAᵀ)
 # Eq. 8-10   for a rank-one ΔA = u vᵀ:  U / R = ρ(v) = vᵀ C_task v / vᵀ H v
 # Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
@@ -186,7 +188,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 # whatever its use. All functions here take one matrix or a stack of them, (..., d, d).
 
 def _unit(C):
-    """C divided by its mean eigenvalue, trace / d."""
+    """C divided by its mean eigenvalue, trace / d, so that one τ and one λ serve all layers."""
     return C / C.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
 
 
@@ -228,7 +230,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     """Solve C_task v = γ H v with H = C_pre + τ I, for one layer or for a stack of equal shapes.
 
     C_task, C_pre   (..., d, d), symmetric, positive semidefinite, of any rank; τ in C_pre's units
-    k               the k directions of largest γ, to about 2% (None: all d, the paper's)
+    k               the k directions of largest γ, each to a few per cent (None: all d)
     returns         gamma (..., k), descending; V (..., d, k) with Vᵀ H V = I and Vᵀ C_task V = Γ
     ValueError      C_pre + τ I is not positive definite or not finite
 
@@ -236,8 +238,8 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     signs, which Adam ignores, and to rotations inside a repeated γ.
     """
     L, C, solve = _cholesky(C_pre, tau), C_task.double(), torch.linalg.solve_triangular
-    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. In float32 it would be off by
-    # cond(H) · 1e-7.
+    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. M is formed in float64: float32
+    # would be off by cond(H) · 1e-7.
     M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
     if k is None or k >= C.shape[-1]:
         M = M_times(torch.eye(C.shape[-1]).to(C).expand_as(C))
@@ -264,9 +266,7 @@ class SAdam(torch.optim.Optimizer):
                     spectral: its matrices A (rank, d_in) move in the basis' span only, and their
                     moments are (rank, k). Any other group gets torch.optim.Adam's numbers.
     lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
-
-    The state_dict holds the bases, since bases that are computed again may differ in signs.
-    Gradients that are not finite spoil the parameters silently, as in Adam.
+    state_dict      holds the bases, since bases that are computed again may differ in signs
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -295,12 +295,12 @@ class SAdam(torch.optim.Optimizer):
                     self._update(p, p.grad, self.state[p], group)
         return loss
 
-    def _update(self, A, G, state, group):
+    def _update(self, p, G, state, group):
         V, gate, eps, (beta1, beta2) = (group[key] for key in ("basis", "gate", "eps", "betas"))
-        if V is not None and A.element_size() < 4:              # its steps would be rounded away
-            raise ValueError(f"A was cast to {A.dtype}, as TRL does: cast back, p.data.float()")
         if V is not None:
-            G = (G.to(V.dtype) @ V).to(A.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
+            if p.element_size() < 4:                            # its steps would be rounded away
+                raise ValueError(f"A was cast to {p.dtype}, as TRL does: cast back, p.data.float()")
+            G = (G.to(V.dtype) @ V).to(p.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
         state["step"] += 1
@@ -311,12 +311,12 @@ class SAdam(torch.optim.Optimizer):
         step = m_hat / (v_hat.sqrt() + eps)
         if V is not None:
             # The gate scales the step. A factor on the gradient would be divided out again by √v̂.
-            step = ((step * gate).to(V.dtype) @ V.mT).to(A.dtype)                # Eq. 23-24: (r, d)
-        A.sub_(group["lr"] * group["scale"] * step)
+            step = ((step * gate).to(V.dtype) @ V.mT).to(p.dtype)                # Eq. 23-24: (r, d)
+        p.sub_(group["lr"] * group["scale"] * step)
 
 
 def _refuse_others(optimizer, args, kwargs):
-    """A Trainer without `optimizers` would train the adapters with AdamW, without a word."""
+    """Refuse to let AdamW train the adapters, as a Trainer without `optimizers` would."""
     plain = (p for group in optimizer.param_groups if "basis" not in group for p in group["params"])
     if any(hasattr(p, "needs_sadam") for p in plain):
         raise ValueError("AdamW or another optimiser trains FoLoRA's adapters: give the Trainer "
@@ -330,8 +330,8 @@ register_optimizer_step_pre_hook(_refuse_others)
 
 def null_space(C, rank):
     """A0 = U_perpᵀ (..., rank, d), the eigenvectors of C (..., d, d) with the smallest eigenvalues.
-    With it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero. It is found by inverse iteration
-    in float64: float32 fails where one input direction has nearly all the energy."""
+    With it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero: a few per cent above the least.
+    Inverse iteration needs float64 where one input direction has nearly all the energy."""
     # Rounding in C can make it slightly indefinite. Then the next larger ridge is tried.
     L = _cholesky(_unit(C.double()), 1e-8, 1e-6, 1e-4, 1e-2)
     _, E = _top_eigenvectors(lambda Q: torch.cholesky_solve(Q, L), L, rank)      # of C⁻¹
@@ -340,8 +340,8 @@ def null_space(C, rank):
 
 class LoRALinear(nn.Linear):
     """A frozen nn.Linear plus a trainable low-rank term: y = W x + κ B A x, κ = alpha / rank, or 1
-    if alpha is None. Without A0 (rank, d_in) it has LoRA's start, A Kaiming-uniform and B = 0; with
-    A0 alone B.3's, B0 = κ⁻¹ W0 A0ᵀ; or else the given A0 and B0 (d_out, rank).
+    if alpha is None. It starts from A0 (rank, d_in) and B0 (d_out, rank). Without B0, B0 is B.3's
+    κ⁻¹ W0 A0ᵀ. Without both, the start is LoRA's: A Kaiming-uniform, B = 0.
 
     W_res = W0 - κ B0 A0 takes W0's place, so the layer starts as W0, up to rounding. A and B are
     float32. from_pretrained would ignore them in a saved model: save_adapter or merge first.
@@ -351,7 +351,7 @@ class LoRALinear(nn.Linear):
         d_out, d_in = linear.weight.shape
         super().__init__(d_in, d_out, bias=False, device="meta")
         self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
-        self.scaling, self.start = 1.0 if alpha is None else alpha / rank, None
+        self.scaling = 1.0 if alpha is None else alpha / rank
         W0 = linear.weight.detach().float()
         if A0 is None:
             A0 = nn.init.kaiming_uniform_(W0.new_empty(rank, d_in), a=math.sqrt(5))
@@ -359,14 +359,15 @@ class LoRALinear(nn.Linear):
         A0 = A0.to(W0)
         B0 = W0 @ A0.mT / self.scaling if B0 is None else B0.to(W0)          # κ⁻¹ W0 U_perp
         self.lora_A, self.lora_B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
-        if B0.any():
-            self.start, W_res = (A0, B0), W0 - self.scaling * B0 @ A0
+        self.start = (A0, B0) if B0.any() else None
+        if self.start:
+            W_res = W0 - self.scaling * B0 @ A0
             self.weight = nn.Parameter(W_res.to(self.weight.dtype), requires_grad=False)
 
     def forward(self, input):
         A, B = self.lora_A.to(input.dtype), self.lora_B.to(input.dtype)
-        low = input @ A.mT                                      # A x: (..., d_in) -> (..., r)
-        return super().forward(input) + self.scaling * (low @ B.mT)
+        # κ B A x: (..., d_in) -> (..., r) -> (..., d_out)
+        return super().forward(input) + self.scaling * (input @ A.mT @ B.mT)
 
     @torch.no_grad()
     def merged(self):
@@ -418,7 +419,7 @@ def _row_length(layer):
 @torch.inference_mode(False)
 @torch.no_grad()
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
-    """Freeze the model, put an adapter on every layer of `bases` (from decompose), and return the
+    """Put an adapter on every layer of `bases` (from decompose), freeze all else, and return the
     SAdam that trains the adapters. If PEFT has wrapped the model, its own adapters start anew, and
     what else is trainable in it gets plain Adam at a tenth of lr, in the last group."""
     wrapped = hasattr(model, "peft_config")
@@ -467,14 +468,14 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
     pretrain_batches   batches (dicts for model(**batch)) of text that must not be forgotten
     task_batches       batches of the target task; 256 examples in the paper
-    rank, alpha        of the adapters; κ = alpha / rank (None: 1)
+    rank, alpha        of the adapters; κ is alpha / rank, or 1 if alpha is None
     tau, basis_rank    as in decompose. With more directions the adapter learns and forgets more.
     lam, s_min         the γ at which the gate is one half, and the gate's floor, Eq. 22
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
 
-    The paper's setting is s_min=0.3, zero_start=False, basis_rank=None. Move and cast the model
-    first. Per distinct input, covariances take 4 d_in² bytes where the model is while they are
-    summed, and 8 d_in² bytes of host memory.
+    The paper's gate, start and basis are s_min=0.3, zero_start=False, basis_rank=None. Move and
+    cast the model first. Per distinct input, covariances take 4 d_in² bytes where the model is
+    while they are summed, and 8 d_in² bytes of host memory.
     """
     targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
     if hasattr(model, "peft_config"):
@@ -494,8 +495,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
 
 def merge(model):
-    """Put a plain nn.Linear in place of every LoRALinear, and return the model. PEFT's own models
-    have merge_and_unload."""
+    """Put a plain nn.Linear in place of every LoRALinear, and return the model."""
     if hasattr(model, "peft_config"):
         raise ValueError("PEFT has wrapped this model: use its merge_and_unload")
     for name, module in list(model.named_modules()):
@@ -520,7 +520,7 @@ def save_adapter(model, directory):
             data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
             header[f"base_model.model.{name}.{factor}.weight"] = {
                 "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
-    rank = len(A) + len(A0)
+    rank = len(A) + len(A0)                                     # the same in every layer
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
               "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}

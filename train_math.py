@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B           # on four GPUs
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,drift        # local
 
-The run is kept in --out: config.json (all options, versions), metrics.jsonl, summary.json (scores),
+The run is kept in --out: config.json (all options), metrics.jsonl, summary.json (scores),
 adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
 goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
-table. Another run needs another --out. A line of metrics.jsonl, written every --log-every steps:
+table. Another run needs another --out. metrics.jsonl has a line for each step:
 
     step           optimiser steps done
     loss           mean NLL of the batch's response tokens before the step, in nat
@@ -69,7 +69,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--target-modules", str, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
     ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
-    ("--alpha", POSITIVE, None, "scaling alpha / rank; none: 1 [ours]"),
+    ("--alpha", POSITIVE, None, "the scaling is alpha / rank, or 1 without this [ours]"),
     ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
     ("--lam", POSITIVE, None, "lambda, the gamma of gate 1/2: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
@@ -88,7 +88,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
     ("--calibration-samples", COUNT, None, "texts; enough: 4 tokens per column of C_pre [ours]"),
     ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
-    ("--task-samples", COUNT, 256, "training examples behind C_task [the paper's]"),
+    ("--task-samples", COUNT, 256, "prompts and responses behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
     ("--eval-samples", COUNT, 500, "rows a task [ours]"),
     ("--log-every", COUNT, 10, "steps between checkpoints and measurements of drift [ours]"),
@@ -263,7 +263,7 @@ def schedule(step, steps, warmup=0.03):
 
 
 def data_order(count, batch_size, epochs, max_steps, seed):
-    """[indices of each step's batch]; every epoch is a permutation, without an incomplete batch."""
+    """[indices of each step's batch]: permutations, one after another, cut into full batches."""
     generator = torch.Generator().manual_seed(seed)
     steps = max_steps or max(1, epochs * count // batch_size)
     epochs = -(-steps * batch_size // count)
@@ -295,8 +295,8 @@ def drift(model, texts):
 
 def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     """Leave the clipped gradient of a list of examples in the parameters: (loss, gradient norm).
-    The loss is the mean over all labels of the batch, of which each process and each micro-batch
-    has a part. The gradient of weight * KL(untouched || now) on the texts is added."""
+    The loss is the mean over all labels of the batch, to which each process and each micro-batch
+    adds its share. The gradient of weight * KL(untouched || now) on the texts is added."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
     total = torch.zeros((), dtype=torch.float64)
