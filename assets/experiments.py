@@ -393,13 +393,12 @@ def print_equal_nll(name, data):
 
 
 def draw(panels):
-    """assets/tradeoff.png: KL against NLL, a panel a model, a line a method. Each label stands
-    beside the panel at the height of its line's lowest NLL, or below the label before it."""
+    """assets/tradeoff.png: KL against NLL, a panel a model, a line a method, labelled beside it."""
     from matplotlib import pyplot
     pyplot.rc("font", size=12)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False,
                                    layout="constrained", sharey=True)
-    figure.supxlabel("NLL of GSM8K solutions, nat/token (further right: learns more)")
+    figure.supxlabel("NLL of GSM8K solutions, nat/token (right: learns more; hollow: scaled down)")
     axes[0][0].set_ylabel("KL, nat/token (lower: forgets less)")
     for axis, (title, data) in zip(axes[0], panels.items()):
         axis.set(title=title, yscale="log")
@@ -409,7 +408,8 @@ def draw(panels):
         for label in lines.drift.first().sort_values(ascending=False).index:
             line, (color, width) = lines.get_group(label), COLORS.get(label, ("0.6", 1))
             axis.plot(line.nll, line.drift, "o-", color=color, lw=width, markersize=4)
-            height = min(line.drift.iloc[0], height / 1.35)
+            axis.plot(*line.query("scale < 1").values.T, "ow", markersize=2)
+            height = min(line.drift.iloc[0], height / 1.35)          # below the label before
             axis.annotate(label, line.iloc[0], (1.08, height), color=color, va="center",
                           textcoords=axis.get_yaxis_transform(),
                           arrowprops={"arrowstyle": "-", "linewidth": 0.3, "relpos": (0, 0.5)})
