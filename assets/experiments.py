@@ -395,7 +395,7 @@ def print_equal_nll(name, data):
 def draw(panels):
     """assets/tradeoff.png: KL against NLL, a panel a model, a line a method, labelled beside it."""
     from matplotlib import pyplot
-    pyplot.rc("font", size=12)
+    pyplot.rcParams.update({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False,
                                    layout="constrained", sharey=True)
     figure.supxlabel("NLL of GSM8K solutions, nat/token (right: learns more; hollow: scaled down)")
@@ -403,7 +403,6 @@ def draw(panels):
     for axis, (title, data) in zip(axes[0], panels.items()):
         axis.set(title=title, yscale="log")
         axis.invert_xaxis()
-        axis.grid(alpha=0.3)
         lines, height = undominated(data).groupby("method"), numpy.inf
         for label in lines.drift.first().sort_values(ascending=False).index:
             line, (color, width) = lines.get_group(label), COLORS.get(label, ("0.6", 1))
