@@ -541,12 +541,12 @@ def main(arguments=None):
         texts, vocabulary = held_out(reference, tokenizer, length), tokenizer.get_vocab()
     try:
         for name in options.models:
+            model = None                             # its memory is free before the next is loaded
             model, tokenizer = load_model(name, device, dtype)
             need(not texts or tokenizer.get_vocab() == vocabulary,
                  f"{name} has another tokenizer than {run['model']}: score its drift apart")
             scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
-            if extra:
-                scores.update(harness(model, tokenizer, *extra, options.limit))
+            scores |= harness(model, tokenizer, *extra, options.limit) if extra else {}
     finally:                                         # what was scored before a failure is shown
         if columns:
             print(table(columns))

@@ -26,8 +26,8 @@ text is sampled from the model itself. A starts in the directions where that tex
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
 
-Not included: dense weights (Appendix D), weight decay, convolutions, fused experts, FSDP.
-Keep torch.set_float32_matmul_precision at its default, "highest".
+Not included: dense weights (Appendix D), weight decay, convolutions, fused experts, FSDP, MPS.
+float16 needs a GradScaler. Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import ctypes
 import itertools
@@ -83,10 +83,10 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     missing = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in found)]
     if targets == ["all-linear"]:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = {name: module for name, module in linears.items() if module is not head}
-    elif missing or not found:
-        there = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(f"no nn.Linear is called {', '.join(missing)}, only {', '.join(there)}")
+        found, missing = {n: module for n, module in linears.items() if module is not head}, []
+    if missing or not found:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        raise ValueError(f"no nn.Linear is called {', '.join(missing or targets)}, only {there}")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, module in found.items():
         if uses[id(module.weight)] > 1:                         # a merged copy would not be tied
@@ -508,6 +508,7 @@ def merge(model):
 def save_adapter(model, directory):
     """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
     they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r."""
+    model = getattr(model, "_orig_mod", model)                  # inside torch.compile's wrapper
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
@@ -524,13 +525,12 @@ def save_adapter(model, directory):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
               "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
-    folder, text = Path(directory), json.dumps(header).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    out, text = Path(directory), json.dumps(header).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
     # The safetensors format: the header's length in 8 bytes, the header in JSON, the numbers.
     text += b" " * (-len(text) % 8)                             # the numbers begin at 8 n bytes
-    content = len(text).to_bytes(8, "little") + text + data
-    (folder / "adapter_model.safetensors").write_bytes(content)
+    (out / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 # ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----

@@ -94,7 +94,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--log-every", COUNT, 10, "steps between checkpoints and measurements of drift [ours]"),
     ("--merge", SWITCH, 0, "1: write the merged model too [ours]"),
     ("--seed", between(int, 0, 999), 0, "of calibration text, adapters, order of the data [ours]"),
-    ("--dtype", ("auto", *ev.DTYPES), "auto", "auto: bfloat16 on a GPU, else float32 [ours]"),
+    ("--dtype", ("auto", *ev.DTYPES[:2]), "auto", "auto: bfloat16 on a GPU, else float32 [ours]"),
     ("--device", str, "auto", "cuda, cpu, or auto: cuda if there is one [ours]"),
     ("--out", str, None, "the run's directory; none: runs/<model>-<method> [ours]")]
 
@@ -177,10 +177,10 @@ def once(path, make):
 
 
 def join():
-    """Wait until all of torchrun's processes are here."""
+    """Wait until all of torchrun's processes are here. Gloo sums the loss, which is on the CPU."""
     if PROCESSES > 1:
         if not dist.is_initialized():
-            dist.init_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         dist.barrier()
 
 
@@ -320,6 +320,8 @@ def recompute(model, on):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         module.training = bool(on) and hasattr(module, "gradient_checkpointing")
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0                     # OPT's layers apply dropout themselves
 
 
 def train(options, model, optimizer, examples, held_out, out, texts=()):
@@ -377,8 +379,7 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     if options.method == "folora":
         bases = once(out / "prepared.pt", lambda: solve(options, model, texts, examples))
     torch.manual_seed(options.seed)
-    optimizer = add_adapters(options, model, bases)
-    train(options, model, optimizer, examples, held_out[:4], out, texts)
+    train(options, model, add_adapters(options, model, bases), examples, held_out[:4], out, texts)
     if PROCESS > 0:
         return
     folora.save_adapter(model, out / "adapter")
@@ -391,25 +392,24 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     if "drift" in tasks:
         reference, _ = ev.load_model(options.model, model.device, model.dtype)
     after = ev.evaluate(model, tokenizer, tasks, reference, held_out)
-    scores = {"untouched": before | ev.summarise(before, before),
-              options.method: after | ev.summarise(after, before)}
-    save({"scores": scores}, out / "summary.json")
+    save({"scores": {"untouched": before | ev.summarise(before, before),
+                     options.method: after | ev.summarise(after, before)}}, out / "summary.json")
 
 
 def run(options, before=None):
     """One method, unless it is finished: its scores and the untouched model's, or `before`."""
     out = Path(options.out)
-    finished = (out / "summary.json").exists()
-    loaded = () if finished else load(options)       # mistakes show before a directory is made
+    summary = out / "summary.json"
+    loaded = () if summary.exists() else load(options)       # mistakes show before out is made
     if PROCESS == 0:
         claim(out, options)
-    if not finished:
+    if not summary.exists():                         # another process may have ended the run
         fine_tune(options, out, *loaded, before)
     if PROCESS > 0:
         return {}
     for name in STAGES:
         (out / name).unlink(missing_ok=True)
-    return read(out / "summary.json")["scores"]
+    return read(summary)["scores"]
 
 
 @ev.one_line
