@@ -367,7 +367,7 @@ class LoRALinear(nn.Linear):
     def forward(self, input):
         A, B = self.lora_A.to(input.dtype), self.lora_B.to(input.dtype)
         # κ B A x: (..., d_in) -> (..., r) -> (..., d_out)
-        return super().forward(input) + self.scaling * (input @ A.mT @ B.mT)
+        return self.scaling * (input @ A.mT @ B.mT) + super().forward(input)
 
     @torch.no_grad()
     def merged(self):
