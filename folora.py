@@ -26,7 +26,7 @@ text is sampled from the model itself. A starts in the directions where that tex
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
 
-Not included: dense weights (Appendix D), weight decay, convolutions, fused experts, FSDP, MPS.
+Not included: dense weights (Appendix D), weight decay, fused experts, offloading, FSDP, MPS.
 float16 needs a GradScaler. Keep torch.set_float32_matmul_precision at its default, "highest".
 """
 import ctypes
@@ -66,6 +66,8 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
                      seven projections of a block), or "all-linear": all but the output head
     ValueError       the layers cannot be adapted, or not with this rank
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # would not average new gradients
+        raise ValueError("the model is in DistributedDataParallel: call prepare before that")
     modules = dict(model.named_modules())
     if hasattr(model, "peft_config"):
         found = {name: module for name, module in modules.items() if _factors(module)}
@@ -133,7 +135,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     one tensor (q, k, v; gate, up) get one covariance.
 
     batches      dicts for model(**batch), the same ones in every process. Tokens whose
-                 "attention_mask" is 0 do not count. Models with experts need batches without them.
+                 "attention_mask" is 0 do not count. Do not pad for experts or encoder-decoders.
     ValueError   a layer that no token reached
     """
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
@@ -146,7 +148,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         if x is not last_input:                                 # `module` is the first to read x
             last_input, last_module = x, module
             rows = x.reshape(-1, x.shape[-1]).float()           # (batch * length, d_in)
-            if mask is not None:
+            if mask is not None and mask.numel() == len(rows):  # a pooler reads one row a text
                 rows = rows[mask.flatten().bool().to(rows.device)]           # (tokens, d_in)
             if module not in sums:
                 sums[module] = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -164,12 +166,10 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
                 raise ValueError("a batch is a dict with input_ids (batch, length), not a list")
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask, last_input = batch.get("attention_mask"), None
-            mask = None if mask is None or mask.all() else mask
             model(**batch)
     unread = [name for name, module in targets.items() if not tokens[first_reader.get(module)]]
     if unread:
-        raise ValueError(f"no token reached {unread[0]}: are the batches empty or used up? If not, "
-                         "give text that does, or leave it out")
+        raise ValueError(f"no token reached {unread[0]}: are the batches empty? Or leave it out")
     means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
     return {name: means[first_reader[module]] for name, module in targets.items()}
 
@@ -219,7 +219,7 @@ def _top_eigenvectors(apply, like, k, steps=8, extra=32):
     (..., d, d) like `like`, where apply(Q) = M Q. Block iteration: k + extra random columns are
     multiplied by M and made orthonormal, `steps` times."""
     n, generator = min(k + extra, like.shape[-1]), torch.Generator().manual_seed(0)
-    Q = torch.randn(*like.shape[:-1], n, generator=generator).to(like)
+    Q = torch.randn(*like.shape[:-1], n, generator=generator, device="cpu").to(like)
     for _ in range(steps):
         Q = torch.linalg.qr(apply(Q)).Q                         # (..., d, n)
     values, E = _eigh(Q.mT @ apply(Q))                          # (..., n, n): exact inside the span
@@ -272,8 +272,7 @@ class SAdam(torch.optim.Optimizer):
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be >= 0 and finite, not {lr}")
-        defaults = dict(lr=lr, betas=betas, eps=eps, scale=1.0, basis=None, gate=None)
-        super().__init__(params, defaults)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, scale=1, basis=None, gate=None))
 
     def load_state_dict(self, state_dict):
         shape = lambda group: None if group.get("basis") is None else group["basis"].shape
@@ -344,7 +343,7 @@ class LoRALinear(nn.Linear):
     κ⁻¹ W0 A0ᵀ. Without both, the start is LoRA's: A Kaiming-uniform, B = 0.
 
     W_res = W0 - κ B0 A0 takes W0's place, so the layer starts as W0, up to rounding. A and B are
-    float32. from_pretrained would ignore them in a saved model: save_adapter or merge first.
+    float32. from_pretrained ignores them: save_adapter or merge first. state_dict lacks A0 and B0.
     """
 
     def __init__(self, linear, rank, alpha=None, A0=None, B0=None):
@@ -508,8 +507,9 @@ def merge(model):
 def save_adapter(model, directory):
     """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
     they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), which has rank 2 r."""
-    model = getattr(model, "_orig_mod", model)                  # inside torch.compile's wrapper
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    model = getattr(model, "module", model)                     # inside DistributedDataParallel
+    layers = {name.replace("_orig_mod.", ""): m                 # torch.compile's
+              for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
     header, data = {"__metadata__": {"format": "pt"}}, bytearray()
@@ -522,8 +522,8 @@ def save_adapter(model, directory):
             header[f"base_model.model.{name}.{factor}.weight"] = {
                 "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
     rank = len(A) + len(A0)                                     # the same in every layer
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank,
-              "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+              "r": rank, "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
               "base_model_name_or_path": getattr(model, "name_or_path", None)}
     out, text = Path(directory), json.dumps(header).encode()
     out.mkdir(parents=True, exist_ok=True)

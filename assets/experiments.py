@@ -73,11 +73,11 @@ SEARCH = [
     ("LoRA + KL", "lora --lr 2e-3 --kl 1|3 --kl-texts 2|8"),
     ("FoLoRA", "folora --basis-rank 32|64|128|256 --lam 1 --lr 3e-3"),
     ("FoLoRA", f"{OURS} --lr 1.5e-3|6e-3|1.2e-2"),
+    ("FoLoRA", "folora --basis-rank 32 --lam 1 --lr 2e-3"),
     ("FoLoRA + KL", "folora --basis-rank 128|256|0 --lam 1 --lr 3e-3 --kl 1|3|10"),
     ("FoLoRA + KL", "folora --basis-rank 256 --lam 1 --lr 6e-3 --kl 1|3|10")]
 SETTINGS = {"gemma3": SEARCH, "gemma3-fresh": SEARCH, "smollm2": SEARCH + [
     ("", f"{ZERO} --lam 1|3|10|30 --s-min 0 --lr 3e-3", "one lr"),
-    ("", f"{ZERO} --lr 3e-3", "one lr"),
     ("", f"{ZERO} --lam 30 --s-min 1 --lr 3e-3", "one lr, A slow"),
     ("", f"{ZERO} --lam 30 --s-min 0 --lr 3e-3", "one lr, A slow, plain Adam"),
     ("", f"{ZERO} --lam 30 --s-min 0 --lr 3e-3", "one lr, A frozen"),
