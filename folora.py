@@ -474,7 +474,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
     The paper's gate, start and basis are s_min=0.3, zero_start=False, basis_rank=None. Move and
     cast the model first. Per distinct input, covariances take 4 d_in² bytes where the model is
-    while they are summed, and 8 d_in² bytes of host memory.
+    while they are summed, and 8 d_in² bytes of host memory (12 with all directions).
     """
     targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
     if hasattr(model, "peft_config"):
