@@ -1,4 +1,4 @@
-"""FoLoRA: LoRA fine-tuning that forgets little (arXiv 2606.00132). One file, torch alone.
+"""FoLoRA: LoRA fine-tuning that forgets little (arXiv 2606.00132). One file, torch >= 2.6 alone.
 
 LoRA adds a trainable product B A to a frozen linear layer W0. FoLoRA lets A move only along input
 directions that the task uses much and the model's pretraining text uses little. With the layer's
@@ -266,7 +266,7 @@ class SAdam(torch.optim.Optimizer):
                     spectral: its matrices A (rank, d_in) move in the basis' span only, and their
                     moments are (rank, k). Any other group gets torch.optim.Adam's numbers.
     lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
-    state_dict      holds the bases, since bases that are computed again may differ in signs
+    state_dict      holds bases and gates, for bases that are computed again may differ in signs
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
