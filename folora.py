@@ -169,7 +169,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             model(**batch)
     unread = [name for name, module in targets.items() if not tokens[first_reader.get(module)]]
     if unread:
-        raise ValueError(f"no token reached {unread[0]}: are the batches empty? Or leave it out")
+        raise ValueError(f"no token reached {unread[0]}: are the batches empty? If not, omit it")
     means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
     return {name: means[first_reader[module]] for name, module in targets.items()}
 
@@ -266,7 +266,7 @@ class SAdam(torch.optim.Optimizer):
                     spectral: its matrices A (rank, d_in) move in the basis' span only, and their
                     moments are (rank, k). Any other group gets torch.optim.Adam's numbers.
     lr, betas, eps  as in Adam; each may be set in a group, and so may "scale", a factor of its step
-    state_dict      holds bases and gates, for bases that are computed again may differ in signs
+    state_dict      holds bases and gates: bases that are computed again may differ in signs
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
