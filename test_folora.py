@@ -1454,7 +1454,7 @@ def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 603, 372), ("train_math.py", 433, 318), ("eval.py", 556, 368),
-    ("assets/experiments.py", 470, 351), ("test_folora.py", 1494, 1224)])
+    ("assets/experiments.py", 469, 351), ("test_folora.py", 1494, 1224)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
