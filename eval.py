@@ -21,19 +21,16 @@ Without --tasks they are those of the second line; for tiny, gsm8k and all its s
 
 The rows below are Avg1, the mean preservation score; Avg1(%), relative to the first column; Avg2,
 the mean target score; GM, the root of Avg1 times Avg2. train_math.py shares what this file holds.
+Other benchmarks are lm-eval's: the README has its commands.
 """
 import json
-import os
 import re
-import string
 import sys
-import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pandas
 import torch
 import torch.nn.functional as F
@@ -45,7 +42,6 @@ import folora
 
 TINY = Path(__file__).resolve().parent / "tiny"
 OWNERS = {"Qwen": "Qwen/", "Llama": "meta-llama/", "SmolLM": "HuggingFaceTB/"}     # of short names
-DTYPES = ("float32", "bfloat16", "float16")
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\n{}\n\n### Response:")
 MATHS = ALPACA + " Let's think step by step."        # CorDA's prompt for maths
@@ -58,15 +54,11 @@ TASKS = {
                  "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "webqs": ("preserve", "Question: {}\nAnswer:", "stanfordnlp/web_questions", None, "test"),
     "nll": ("measure", None, "openai/gsm8k", "main", "test"),
-    "prose": ("measure", None, "prose.jsonl"), "drift": ("measure", None, None)}
-for skill in ("facts", "sort", "reverse", "sums"):
-    TASKS[skill] = ("preserve", NQ_OPEN, str(TINY / f"{skill}.jsonl"))
+    "prose": ("measure", None, "prose.jsonl"), "drift": ("measure", None, None),
+    **{skill: ("preserve", NQ_OPEN, str(TINY / f"{skill}.jsonl"))
+       for skill in ("facts", "sort", "reverse", "sums")},
+    **{row: ("", None, None) for row in ("Avg1", "Avg1(%)", "Avg2", "GM")}}      # summary rows
 UNITS = {"target": "target, %", "preserve": "preserved, %", "measure": "nat/token", "": ""}
-HELD_OUT_SEED = 1000
-# Of the scores that lm-eval gives a task, the first in this list is shown, else the task's first.
-HARNESS_SCORES = ("HasAns_exact", "prompt_level_strict_acc", "exact_match", "em", "acc")
-# lm-eval's tasks that begin so count as target tasks, all others as preservation.
-HARNESS_TARGETS = ("humaneval", "mbpp", "gsm8k", "hendrycks_math", "minerva_math")
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -75,7 +67,7 @@ class UserError(Exception):
     """A mistake that the user can mend. The first line of its text says what to do."""
 
 
-# These end a script in one line; ValueError and RuntimeError do so only if folora.py raises them.
+# These end a script in one line, and so does a lack of memory.
 MENDABLE = (UserError, OSError, MemoryError, FloatingPointError, KeyboardInterrupt)
 
 
@@ -95,34 +87,21 @@ def blame(what):
 
 
 def one_line(main):
-    """Let main end in one line on stderr: in exit status 2 if the user can mend the error, which
-    includes what folora.py raises and a lack of memory, and in 1 if a run has failed
-    (FloatingPointError). Other errors keep their traceback."""
+    """Let main end in one line on stderr: in exit status 2 if the user can mend the error, and in 1
+    if a run has failed (FloatingPointError). Other errors keep their traceback."""
     def guarded(arguments=None):
         try:
             return main(arguments)
-        except (*MENDABLE, ValueError, RuntimeError) as error:
-            source = traceback.extract_tb(error.__traceback__)[-1].filename
-            memory = re.search("allocate memory|out of memory", str(error))   # on a CPU, on a GPU
-            if not memory and source != folora.__file__ and not isinstance(error, MENDABLE):
-                raise
+        except (*MENDABLE, RuntimeError) as error:
             message = str(error).strip() or type(error).__name__
-            if memory or isinstance(error, MemoryError):
-                message = ("out of memory: take a smaller model, or, in training, a lower "
-                           "--micro-batch-size, --max-length or --rank")
+            if re.search("MemoryError|allocate memory|out of memory", message):
+                message = "out of memory: take a lower --micro-batch-size, --max-length or --rank"
+            elif not isinstance(error, MENDABLE):
+                raise
             status = 1 if isinstance(error, FloatingPointError) else 2
         tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
         sys.exit(status)
     return guarded
-
-
-def reach_hub():
-    """Ask whether the hub can be reached. If not, its clients would repeat every request for half a
-    minute; in offline mode they use what has been downloaded before, or fail at once."""
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -144,37 +123,32 @@ def find_model(name):
         run = run or {"model": config.get("base_model_name_or_path")}
         need(run["model"], f"{path}/adapter_config.json has no base_model_name_or_path: add it")
         return find_model(run["model"])[0], path, run
-    if (path / "tokenizer_config.json").exists():
+    if path.is_dir():
         return str(path), None, run
-    need(not path.exists(), f"{name}: neither a checkpoint, nor a PEFT adapter, nor a finished run")
     owner = "" if "/" in name else OWNERS.get(re.match("[A-Za-z]*", name)[0], "")
     need(re.fullmatch(r"(?!runs/)\w[\w.-]*/[\w.-]+", owner + name),
          f"{name}: no such directory, and no short name (Qwen2.5-1.5B) or hub id (owner/name)")
-    return owner + re.sub("^Llama-2-7b$", "Llama-2-7b-hf", name), None, {}
+    return owner + name, None, {}
 
 
-def pick_device(device, dtype):
-    """torch's device, and a dtype's name; auto: bfloat16 on a GPU if any, else float32 on a CPU."""
-    with blame(f"--device {device}: it is cpu, cuda or cuda:1"):
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.empty(0, device=device.replace("auto", best)).device   # fails without it
-    return device, dtype.replace("auto", "float32" if device.type == "cpu" else "bfloat16")
+def pick_device(dtype="auto"):
+    """The GPU if there is one, and a dtype's name; auto: bfloat16 on a GPU, else float32."""
+    cuda = torch.cuda.is_available()
+    return "cuda" if cuda else "cpu", dtype.replace("auto", "bfloat16" if cuda else "float32")
 
 
 @torch.no_grad()
 def add_adapter(model, folder):
-    """Add a PEFT adapter's scaling * B A to the weights: in float32, and rounded once."""
+    """Add a PEFT adapter's κ B A to the weights: in float32, and rounded once."""
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
-    changed = re.match("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
-    need(not changed and not config.get("alpha_pattern"), "not plain LoRA: merge it with PEFT")
-    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-        A, B = (weights.pop(key.replace("lora_A", side)).float() for side in ("lora_A", "lora_B"))
+    odd = [key for key in ("use_rslora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    odd += [key for key in weights if not re.search("lora_[AB].weight$", key)]
+    need(not odd and config.get("init_lora_weights", True) is True, f"merge it with PEFT: {odd}")
+    for key in [key for key in weights if "lora_A" in key]:
+        A, B = (weights[key.replace("lora_A", side)].float() for side in ("lora_A", "lora_B"))
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        update = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1) * B @ A
-        weight = model.get_submodule(name).weight
-        weight.copy_(weight + (update.T if config.get("fan_in_fan_out") else update))
-    need(not weights, f"not plain LoRA: {next(iter(weights), '')} (merge it with PEFT)")
+        model.get_submodule(name).weight += config["lora_alpha"] / len(A) * B @ A
 
 
 def load_model(name, device, dtype):
@@ -185,13 +159,10 @@ def load_model(name, device, dtype):
             model, tokenizer = load_model(run["model"], device, dtype)
             add_adapter(model, adapter)
             return model, tokenizer
-        if not Path(where).exists():
-            reach_hub()
         tokenizer = AutoTokenizer.from_pretrained(where)
         model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype,
                                                            output_loading_info=True)
-        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-        need(not wrong, f"missing or unexpected weights: {wrong}")
+        need(not info["missing_keys"] and not info["unexpected_keys"], f"wrong weights: {info}")
     return model.to(device).eval(), tokenizer
 
 
@@ -206,33 +177,30 @@ def read_rows(source, config=None, split="train", limit=None):
     """The rows (dicts) of a .jsonl file or of a hub data set. The lines of a file are those of its
     bytes, because a text may hold U+2028 and other line separators."""
     with blame(f"{source}: no such file or hub data set can be read"):
-        if not source.endswith((".jsonl", ".json")):
-            reach_hub()
+        if not source.endswith(".jsonl"):
             return list(datasets.load_dataset(source, config, split=split))[:limit]
-        lines = Path(source).read_bytes().strip().splitlines()
-    need(lines, f"{source}: no rows")
-    rows = []
-    for number, line in enumerate(lines, 1):
+        rows = Path(source).read_bytes().strip().splitlines()[:limit]
+    need(rows, f"{source}: no rows")
+    for number, line in enumerate(rows, 1):
         with blame(f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"):
-            rows.append(dict(json.loads(line)))
-    return rows[:limit]
+            rows[number - 1] = dict(json.loads(line))
+    return rows
 
 
-def texts_in(row, names, source, number):
+def texts_in(row, names, where):
     """The texts in the first of the fields "a or b" that is not empty: one text, a list of texts,
     or TriviaQA's {"aliases": list}."""
     value = next((row[name] for name in names.split(" or ") if row.get(name)), None)
     value = value.get("aliases") if isinstance(value, dict) else value
-    values = value if isinstance(value, list) else [value]
-    texts = [text for text in values if isinstance(text, str) and text.strip()]
-    need(texts, f"{source}, line {number}: no field called {names} with a text in it: {[*row]}")
-    return texts
+    texts = [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)]
+    need("".join(texts).strip(), f"{where}: no field called {names} with a text in it: {[*row]}")
+    return [text for text in texts if text.strip()]
 
 
-def given_texts(source, limit):
-    """The texts of a .jsonl file or of a hub data set."""
-    rows = enumerate(read_rows(source, limit=limit), 1)
-    return [texts_in(row, "text or question", source, number)[0] for number, row in rows]
+def given_texts(rows, source):
+    """The texts of rows that have nothing else."""
+    return [texts_in(row, "text or question", f"{source}, line {number}")[0]
+            for number, row in enumerate(rows, 1)]
 
 
 def to_pairs(rows, source):
@@ -240,10 +208,9 @@ def to_pairs(rows, source):
     MetaMathQA, and its <<calculator>> notes are removed."""
     pairs = []
     for number, row in enumerate(rows, 1):
-        asked = texts_in(row, "question or query or instruction or problem", source, number)[0]
-        asked += f"\n{row['input']}" if row.get("input") else ""
-        names = "answers or answer or response or output or solution"
-        texts = texts_in(row, names, source, number)
+        where = f"{source}, line {number}"
+        asked = texts_in(row, "question or query or instruction or problem", where)[0]
+        texts = texts_in(row, "answers or answer or response or output or solution", where)
         texts = [re.sub(r"<<[^<>]*>>", "", text) for text in texts]
         texts = [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text) for text in texts]
         pairs.append((asked, texts))
@@ -252,8 +219,8 @@ def to_pairs(rows, source):
 
 def default_tasks(model):
     """What is scored if --tasks says nothing."""
-    tiny = f"gsm8k={TINY / 'test.jsonl'},facts,sort,reverse,sums,drift"
-    return tiny if is_tiny(model) else "gsm8k,nq_open,webqs,triviaqa,drift"
+    return (f"gsm8k={TINY / 'test.jsonl'},facts,sort,reverse,sums,drift" if is_tiny(model)
+            else "gsm8k,nq_open,webqs,triviaqa,drift")
 
 
 def load_tasks(names, limit=None):
@@ -262,13 +229,10 @@ def load_tasks(names, limit=None):
     tasks = {}
     for item in filter(None, names.split(",")):
         name, _, path = item.partition("=")
-        need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
+        need(TASKS.get(name, [""])[0], f"unknown task {name}: there are {', '.join(TASKS)}")
         source = path or TASKS[name][2]
-        if name == "prose":
-            tasks[name] = given_texts(source, limit)
-        else:
-            rows = read_rows(source, *TASKS[name][3:], limit=limit) if source else []
-            tasks[name] = to_pairs(rows, source)
+        rows = read_rows(source, *TASKS[name][3:], limit=limit) if source else []
+        tasks[name] = (given_texts if name == "prose" else to_pairs)(rows, source)
         for number, (_, answers) in enumerate(tasks[name] if name == "gsm8k" else (), 1):
             need(final_number(answers[0]) is not None,
                  f"{source}, line {number}: its answer has no number after #### or The answer is:")
@@ -288,10 +252,7 @@ def encode_all(tokenizer, pairs, max_length):
         if len(start) < max_length:
             labels = [-100] * len(start) + ids[len(start):max_length]
             examples.append({"ids": ids[:max_length], "labels": labels})
-    dropped = f"{len(pairs) - len(examples)} of {len(pairs)} examples have prompts that fill"
-    need(2 * len(examples) >= len(pairs), f"{dropped} {max_length} tokens (raise --max-length)")
-    if len(examples) < len(pairs):
-        tqdm.write(f"{dropped} {max_length} tokens: they are left out", sys.stderr)
+    need(2 * len(examples) >= len(pairs), f"most prompts fill {max_length} tokens: --max-length")
     return examples
 
 
@@ -304,9 +265,9 @@ def collate(examples, device, side="right"):
             "labels": pad(labels, -100)}
 
 
-def by_length(examples, batch_size, length=len):
+def by_length(examples, batch_size):
     """Batches of similar length, the longest first, so that a lack of memory shows at once."""
-    ordered = sorted(examples, key=length, reverse=True)
+    ordered = sorted(examples, key=lambda e: -len(e["ids"] if isinstance(e, dict) else e))
     return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
@@ -331,11 +292,9 @@ def summed_nll(model, batch):
 @torch.inference_mode()
 def mean_nll(model, examples, batch_size=8):
     """The mean loss per response token of encoded examples, in nat."""
-    batches = by_length(examples, batch_size, lambda e: len(e["ids"]))
     labels = sum(label != -100 for e in examples for label in e["labels"][1:])
-    need(labels, "no token to score: every text has one token alone")
     return sum(summed_nll(model, collate(batch, model.device)).item()
-               for batch in tqdm(batches, desc="nll", leave=False)) / labels
+               for batch in tqdm(by_length(examples, batch_size), "nll", leave=False)) / labels
 
 
 def summed_kl(log_p, logits):
@@ -354,7 +313,7 @@ def drift(model, reference, texts, batch_size=4):
     return total / sum(len(text) - 1 for text in texts)
 
 
-def held_out(model, tokenizer, max_new_tokens, samples=16, seed=HELD_OUT_SEED):
+def held_out(model, tokenizer, max_new_tokens, samples=16, seed=1000):
     """Text that the model writes and that calibration never sees, because its seed differs."""
     return folora.sample_calibration(model, tokenizer, samples, min(128, max_new_tokens),
                                      max_new_tokens, seed=seed)
@@ -382,24 +341,9 @@ def greedy(model, tokenizer, prompts, max_new_tokens, stops=None, desc=None):
 
 def exact_match(text, answers, articles=True):
     """lm-eval's exact_match. nq_open removes articles, before the text is put in lower case."""
-    def normal(text):
-        text = re.sub(r"\b(?:The |the |An |A |The |a |an )", "", text) if articles else text
-        return text.lower().translate(str.maketrans("", "", string.punctuation))
+    removed = r"[!-/:-@[-`{-~]" + (r"|\b(?:The |the |An |A |a |an )" if articles else "")
+    normal = lambda text: re.sub(removed, "", text).lower()
     return normal(text) in map(normal, answers)
-
-
-def shortest_prefixes(answers):
-    """webqs drops an answer that begins with another accepted one."""
-    return [answer for answer in sorted(set(answers))
-            if not any(answer.startswith(other) for other in answers if other != answer)]
-
-
-def begins_with(tokenizer, prompt, written, answers):
-    """Whether the greedy continuation begins with the tokens of an accepted answer, that is whether
-    each of these is the likeliest one given those before it."""
-    start = len(tokenizer(prompt)["input_ids"])
-    choices = [tokenizer(f"{prompt} {a}")["input_ids"][start:] for a in shortest_prefixes(answers)]
-    return any(written[:len(tokens)] == tokens for tokens in choices)
 
 
 def final_number(text):
@@ -421,7 +365,9 @@ def count_right(model, tokenizer, pairs, task):
         if task == "gsm8k":
             right += final_number(text) == final_number(wanted[0])
         elif task == "webqs":
-            right += begins_with(tokenizer, prompt, tokens, wanted)
+            texts = [prompt, *(f"{prompt} {answer}" for answer in wanted)]
+            start, *whole = (tokenizer(text)["input_ids"] for text in texts)
+            right += any(tokens[:len(ids) - len(start)] == ids[len(start):] for ids in whole)
         else:
             text = re.split(r"[\n.,]", text)[0].strip()
             right += exact_match(text, wanted, articles=task != "triviaqa")
@@ -445,57 +391,13 @@ def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     return scores
 
 
-# ---- lm-eval -------------------------------------------------------------------------------------
-
-def harness_tasks(names, metadata=None):
-    """(lm-eval's task manager, task names) of --harness. Each must have a score of its own: tags
-    and some groups only stand for several tasks."""
-    with blame("--harness needs lm-eval: pip install lm-eval==0.4.13"):
-        from lm_eval.tasks import TaskManager
-    manager, names = TaskManager(metadata=metadata), names.split(",")
-    reach_hub()
-    with blame(f"lm-eval cannot load {names} (try lm-eval[ifeval,math] or HF_ALLOW_CODE_EVAL=1)"):
-        loaded = manager.load(names)
-    scored = {name for name, group in loaded["groups"].items() if group.has_aggregation}
-    unscored = set(names) - scored - set(loaded["tasks"])
-    need(not unscored, f"lm-eval has no score of its own for {unscored}: name their subtasks")
-    return manager, names
-
-
-def harness(model, tokenizer, manager, names, limit=None):
-    """{task: per cent} by lm-eval, with the examples, prompt and stops of its configuration."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    size = "auto" if model.device.type == "cuda" else 8
-    allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    done = simple_evaluate(
-        HFLM(model, tokenizer=tokenizer, batch_size=size), tasks=names, task_manager=manager,
-        limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=allowed)
-    return {name: harness_score(done["results"][name]) for name in names}
-
-
-def harness_score(result):
-    """One number, in per cent, of lm-eval's {"acc,none": 0.3, "acc_stderr,none": ...} of a task."""
-    scores = {key.partition(",")[0]: value for key, value in reversed(result.items())
-              if isinstance(value, float) and "_stderr" not in key}     # the first filter's stays
-    name = next(name for name in (*HARNESS_SCORES, *reversed(scores)) if name in scores)
-    return scores[name] * (1 if name.startswith("HasAns") else 100)      # SQuAD's come in per cent
-
-
 # ---- the table -----------------------------------------------------------------------------------
-
-def role(row):
-    """target, preserve, measure, or "" for a summary row."""
-    other = "target" if row.startswith(HARNESS_TARGETS) else "preserve"
-    return "" if row in ("Avg1", "Avg1(%)", "Avg2", "GM") else TASKS.get(row, (other,))[0]
-
 
 def summarise(scores, first=None):
     """The summary rows of one column. Avg1(%) needs `first`, the untouched model's column. A mean
     of nothing is not a finite number, and its rows are left out."""
-    average = lambda column, wanted: torch.tensor(
-        [score for row, score in column.items() if role(row) == wanted], dtype=torch.float64).mean()
+    average = lambda column, role: torch.tensor(
+        [column[row] for row in column if TASKS[row][0] == role], dtype=torch.float64).mean()
     keep, target = average(scores, "preserve"), average(scores, "target")
     rows = {"Avg1": keep, "Avg1(%)": 100 * keep / average(first or {}, "preserve"), "Avg2": target,
             "GM": (keep * target).sqrt()}
@@ -506,9 +408,9 @@ def table(columns):
     """{column: scores} as aligned text. A single column has nothing to be compared with."""
     first = next(iter(columns.values())) if len(columns) > 1 else None
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
-    digits = lambda row: "{:.4f}" if role(row.name) == "measure" else "{:.2f}"
+    digits = lambda row: "{:.4f}" if TASKS[row.name][0] == "measure" else "{:.2f}"
     shown = pandas.DataFrame(full).apply(lambda row: row.map(digits(row).format, "ignore"), axis=1)
-    shown.index = [shown.index, [UNITS[role(row)] for row in shown.index]]     # two columns
+    shown.index = [shown.index, [UNITS[TASKS[row][0]] for row in shown.index]]     # two columns
     return shown.to_string(na_rep="")
 
 
@@ -518,38 +420,19 @@ def main(arguments=None):
     parser.error = lambda message: need(False, message)              # one line, without the usage
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
     parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: see above)")
-    parser.add_argument("--harness", metavar="NAMES", help="lm-eval's, by commas: mmlu,ifeval")
-    parser.add_argument("--harness-metadata", type=json.loads,
-                        help="JSON, for some of its tasks, such as {\"max_seq_lengths\": \"4k\"}")
     parser.add_argument("--limit", type=int, help="the first so many rows of each task")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="default: the run's, else auto")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1; auto: cuda if any")
     options = parser.parse_args(arguments)
-    need(options.limit is None or options.limit > 0, "--limit must be at least 1")
-    need(options.tasks != "" or options.harness, "nothing to score: give --tasks or --harness")
-    runs = [find_model(name)[2] for name in options.models]
-    run = next(filter(None, runs), {"model": options.models[0]})
-    device, dtype = pick_device(options.device, options.dtype or run.get("dtype", "auto"))
-    extra = harness_tasks(options.harness, options.harness_metadata) if options.harness else None
-    names = default_tasks(run["model"]) if options.tasks is None else options.tasks
-    tasks, reference, texts, columns = load_tasks(names, options.limit), None, None, {}
+    run = next(filter(None, (find_model(name)[2] for name in options.models)), {})
+    untouched = run.get("model", options.models[0])
+    device, dtype = pick_device(run.get("dtype", "auto"))
+    tasks = load_tasks(options.tasks or default_tasks(untouched), options.limit)
+    reference, texts, columns = None, None, {}
     if "drift" in tasks:
-        bases = {find_model(other.get("model", run["model"]))[0] for other in runs}
-        need(len(bases) == 1, "drift is from one untouched model, and these have several bases")
-        reference, tokenizer = load_model(run["model"], device, dtype)
-        length = min(run.get("calibration_max_tokens", 256), 256, positions(reference) - 1)
-        texts, vocabulary = held_out(reference, tokenizer, length), tokenizer.get_vocab()
-    try:
-        for name in options.models:
-            model = None                             # its memory is free before the next is loaded
-            model, tokenizer = load_model(name, device, dtype)
-            need(not texts or tokenizer.get_vocab() == vocabulary,
-                 f"{name} has another tokenizer than {run['model']}: score its drift apart")
-            scores = columns[name.rstrip("/")] = evaluate(model, tokenizer, tasks, reference, texts)
-            scores |= harness(model, tokenizer, *extra, options.limit) if extra else {}
-    finally:                                         # what was scored before a failure is shown
-        if columns:
-            print(table(columns))
+        reference, tokenizer = load_model(untouched, device, dtype)
+        texts = held_out(reference, tokenizer, min(256, run.get("calibration_max_tokens", 256)))
+    for name in options.models:
+        columns[name] = evaluate(*load_model(name, device, dtype), tasks, reference, texts)
+    print(table(columns))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Tests of FoLoRA, on a CPU: python -m pytest -q test_folora.py
-
-Equations are held against scipy, numpy, torch.optim.Adam, PEFT, or a literal slow version here.
-"""
+"""Tests of FoLoRA, on a CPU, against scipy, numpy, torch.optim.Adam, PEFT, or a literal version."""
 import ast
 import contextlib
 import copy
@@ -10,13 +7,10 @@ import inspect
 import io
 import json
 import math
-import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import time
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -37,7 +31,7 @@ from tqdm import tqdm
 import eval as ev
 import folora
 import train_math
-from assets import baselines, kill
+from assets import kill
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -120,15 +114,13 @@ def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
 
 
 @pytest.mark.parametrize("k", [None, 3, 17])
-@pytest.mark.parametrize("first, then, readers", [
-    ("x", "x", "qkv o up down"), ("other", "other", "qv k o up down"), ("x", "other", ""),
-    ("other", "x", ""), ("nothing", "nothing", "")])
-def test_layers_share_an_input_and_its_basis_always_or_never(first, then, readers, k):
+@pytest.mark.parametrize("k_reads, readers", [("x", "qkv o up down"), ("other", "qv k o up down"),
+                                              ("nothing", "")])
+def test_layers_that_read_one_tensor_share_a_basis(k_reads, readers, k):
     model, bar = Block(), []
-    batches = [{"x": torch.randn(4, 20, 8), "k_reads": what} for what in (first, then)]
-    with contextlib.nullcontext() if readers else pytest.raises(
-            ValueError, match="shares its input|no token reached k_proj"):
-        C = folora.collect_covariances(model, batches, BLOCK_TARGETS)
+    with contextlib.nullcontext() if readers else pytest.raises(ValueError, match="k_proj has"):
+        C = folora.collect_covariances(model, [{"x": torch.randn(4, 20, 8), "k_reads": k_reads}],
+                                       BLOCK_TARGETS)
         bases = folora.decompose(C, C, 2, 0.01, k, bar.append)
         groups = ["".join(basis["modules"]).replace("_proj", "") for basis in bases]
         assert groups == readers.split() and bar == [1] * len(bases)
@@ -145,7 +137,7 @@ def test_a_target_is_a_whole_name_or_its_end_or_every_layer_but_the_head(tiny):
     for targets in ("q_proj", ["0.q_proj"]):
         assert [*folora.find_targets(nn.Sequential(Block()), targets)] == ["0.q_proj"]
     assert len(folora.find_targets(Block(), "all-linear")) == len(BLOCK_TARGETS)
-    assert [*folora.find_targets(tiny[0], "all-linear")] == [*folora.find_targets(tiny[0])]
+    assert folora.find_targets(tiny[0], "all-linear") == folora.find_targets(tiny[0])
 
 
 def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
@@ -178,15 +170,14 @@ def test_eigenbasis_against_scipy(first, second, tau, k):
         close(V.mT @ C @ V, gamma.diag(), **within)
 
 
-def test_an_eigenproblem_that_fails_is_tried_in_float64_and_again(monkeypatch):
-    M, not_finite = covariance(5, 20).float(), (torch.full((5,), math.nan), torch.eye(5))
-    answers = [torch.linalg.LinAlgError("no convergence"), not_finite, DEFAULT]
-    eigh = Mock(wraps=torch.linalg.eigh, side_effect=answers)
+def test_an_eigenproblem_that_fails_is_tried_again(monkeypatch):
+    """On the CPU, where a GPU's solver has failed."""
+    M, failure = covariance(5, 20).float(), torch.linalg.LinAlgError("no convergence")
+    eigh = Mock(wraps=torch.linalg.eigh, side_effect=[failure, DEFAULT])
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     gamma, V = folora.generalized_eigenbasis(M, torch.eye(5), tau=0)
-    tried = [call.args[0].dtype for call in eigh.call_args_list]
-    assert tried == [torch.float32, torch.float64, torch.float64]
-    close(V * gamma @ V.mT, M)               # in float32 again
+    assert [call.args[0].dtype for call in eigh.call_args_list] == [torch.float64] * 2
+    close(V * gamma @ V.mT, M)
 
 
 def literal_sadam(A, gradients, V, gate, lr, beta1, beta2, eps):
@@ -330,20 +321,14 @@ def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(distinct, n
     assert folora.is_degenerate([i % distinct for i in range(n)] + [777] * equal) == rejected
 
 
-def test_the_screen_counts_runs_of_four_neighbours():
-    """A cycle of 58 tokens has 58 4-grams, and two other tokens in it are in five more."""
-    for cycle in (58, 59):
-        tokens = [i % cycle for i in range(100)] + [700, 701] + [i % cycle for i in range(102, 256)]
-        assert folora.is_degenerate(tokens) == (cycle + 5 < 64)
-
-
 class FakeGenerator(nn.Module):
     """Stands in for a language model: `generate` returns what `script` says, or random tokens."""
 
     def __init__(self, script=lambda: torch.randint(3, 9999, (40,)).tolist(), **config):
         super().__init__()
-        self.weight, self.script, self.calls = nn.Parameter(torch.zeros(1)), script, []
-        self.generation_config = SimpleNamespace(**config)
+        self.device, self.script, self.calls = CPU, script, []
+        tokens = dict(eos_token_id=None, bos_token_id=None)
+        self.generation_config = SimpleNamespace(**tokens | config)
 
     def generate(self, ids, attention_mask, pad_token_id, **settings):
         self.calls.append({**settings, "count": len(ids)})
@@ -386,7 +371,7 @@ def test_sampling_replaces_rejects_and_duplicates_until_there_are_too_many():
     assert sorted(texts) == [[6] + good(k) for k in (10, 70, 130, 190)]
     assert model.calls[0]["eos_token_id"] == [2, 8] == model.generation_config.eos_token_id
     queue[:] = good(10), good(70)
-    with pytest.raises(RuntimeError, match="85 texts rejected, 2 accepted"):
+    with pytest.raises(RuntimeError, match="texts rejected, 2 accepted"):
         sample(model, 100)
     assert model.training
 
@@ -524,7 +509,7 @@ def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, tra
 def test_a_quantised_base_is_trained_through_peft(package, how, trajectory):
     _, batches, inputs, expected = trajectory
     model = load_model(ev.TINY, quantization_config=how(pytest.importorskip(package)))
-    with pytest.raises(ValueError, match="q_proj is adapted .* or quantised"):
+    with pytest.raises(ValueError, match="q_proj is quantised .use get_peft"):
         folora.find_targets(model)
     theirs = wrapped(model)
     optimizer = prepare_on(theirs, inputs)
@@ -557,54 +542,39 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
         train("third", ours=False)
 
 
-partial, nan, inf = functools.partial, math.nan, math.inf
-I3, IDS, ADAPTED, TIED = torch.eye(3), torch.ones(4, dtype=torch.long), Block(16), Block(16)
-ADAPTED.q_proj, TIED.again = folora.LoRALinear(ADAPTED.q_proj, 2), TIED.q_proj
+partial, nan = functools.partial, math.nan
+I3, ADAPTED, TIED = torch.eye(3), Block(16), Block(16)
+ADAPTED.q_proj, TIED.again = folora.LoRALinear(ADAPTED.q_proj, torch.eye(2, 16)), TIED.q_proj
 IA3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
 PEFTS, TWO = (wrapped(Block(16), target_modules=["q_proj"]) for _ in range(2))
 TWO.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"]))
 TWO.base_model.set_adapter(["default", "second"])
-BASIS = {"modules": ["q_proj"], "A0": I3, "gamma": torch.ones(2), "V": torch.eye(16, 2)}
 UNREAD = map(pytest.fail, ["a forward pass was about to run"])
 collect = partial(folora.collect_covariances, Block(), batches=(), target_modules=BLOCK_TARGETS)
 prepare = partial(folora.prepare, model=Block(16), pretrain_batches=UNREAD, task_batches=UNREAD,
                   lr=0.1, rank=2, target_modules="q_proj")
 REFUSED = [                                  # (message, call, options that are wrong, others, ...)
-    ("rank .* is not from 1 to 16, q_proj's width", prepare,
-     dict(rank=17), dict(rank=0), dict(rank=2.0), dict(rank=None)),
-    ("called (gate_proj|proj|), only down_proj, k_", collect, dict(target_modules=()),
+    ("rank .* is not from 1 to 16, q_proj's width", prepare, dict(rank=17), dict(rank=0)),
+    ("called (gate_proj|proj), only down_proj, k_", collect,
      dict(target_modules="proj"), dict(target_modules=(*BLOCK_TARGETS, "gate_proj"))),
     ("no nn.Linear is called all-linear", folora.find_targets,
      dict(model=nn.Embedding(9, 8), target_modules="all-linear")),
-    ("q_proj is adapted .merge first", prepare, dict(model=ADAPTED)),
-    ("q_proj shares its weight", prepare, dict(model=TIED)),
-    ("lr must be >= 0", partial(folora.SAdam, [nn.Parameter(I3)]), dict(lr=-1), dict(lr=inf)),
-    ("adapters already, or the bases", partial(folora.attach, lr=1),
-     dict(model=ADAPTED, bases=[BASIS]), dict(model=Block(16), bases=[BASIS | {"V": I3}])),
-    ("no token reached q_proj", collect, dict(batches=[]), dict(
-        batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
-    ("a batch is a dict with input_ids", collect, *(dict(batches=batches) for batches in (
-        [IDS], [I3], {"input_ids": IDS}, [{"input_ids": IDS}], [{"input_ids": [1, 2]}]))),
-    (r"a covariance \+ 0.1 I is not positive", partial(folora.generalized_eigenbasis, I3, tau=0.1),
-     dict(C_pre=-I3), dict(C_pre=I3 / 0), dict(C_pre=nan * I3)),
-    ("eigenproblem of a layer", partial(folora.generalized_eigenbasis, C_pre=I3, tau=0.1),
-     dict(C_task=nan * I3)),
-    ("must be > 0: lr = ", prepare, dict(lr=-1), dict(lr=inf), dict(lr=nan), dict(tau=0),
-     dict(alpha=0), dict(basis_rank=0)),
-    ("lam must be > 0, s_min in", prepare, dict(lam=0), dict(lam=inf), dict(lam=nan),
-     dict(s_min=1.1), dict(s_min=-0.1)),
+    ("q_proj is quantised .* or shares its weight", prepare, dict(model=TIED)),
+    ("q_proj has read no token, or numbers that", collect, dict(batches=[]), dict(
+        batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}]),
+     dict(batches=[{"x": nan * torch.ones(1, 2, 8)}])),
+    ("input is not positive-definite", partial(folora.generalized_eigenbasis, I3, tau=0.1),
+     dict(C_pre=-I3), dict(C_pre=nan * I3)),
+    ("not lr, tau, lam > 0 and s_min in", prepare, dict(lr=-1), dict(lr=nan), dict(tau=0),
+     dict(lam=0), dict(lam=nan), dict(s_min=1.1), dict(s_min=-0.1)),
     ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
      dict(model=Block())),
-    ("use its merge_and_unload", folora.merge, dict(model=PEFTS)),
     ("zero_start=True: the paper's start", prepare, dict(model=PEFTS, zero_start=False)),
-    ("PEFT's rank 8 is above the bases' rank or the layer's width, 3", partial(folora.attach, lr=1),
-     dict(model=PEFTS, bases=[BASIS | {"modules": ["base_model.model.q_proj"]}])),
-    ("before that", prepare, dict(model=Mock(spec=nn.parallel.DistributedDataParallel))),
-    ("2 adapters are active", folora.find_targets, dict(model=TWO)),
-    ("PEFT must have wrapped linear layers", folora.find_targets,
-     *(dict(model=wrapped(Block(), **wrong)) for wrong in (
-         dict(init_lora_weights="pissa"), dict(init_lora_weights=False), dict(inference_mode=True),
-         dict(target_modules=[], target_parameters=["q_proj.weight"]))),
+    ("must have one linear, trainable adapter with B = 0", folora.find_targets,
+     dict(model=ADAPTED), dict(model=TWO), *(dict(model=wrapped(Block(), **wrong)) for wrong in (
+         dict(r=9), dict(init_lora_weights="pissa"), dict(init_lora_weights=False),
+         dict(inference_mode=True), dict(target_modules=[], target_parameters=["q_proj.weight"])))),
+    ("no nn.Linear is called q_proj", folora.find_targets,
      dict(model=wrapped(nn.Sequential(nn.Embedding(9, 8)), target_modules=["0"])),
      dict(model=peft.get_peft_model(Block(), IA3))),
 ]
@@ -613,7 +583,7 @@ REFUSED = [                                  # (message, call, options that are 
 @pytest.mark.parametrize("message, call, how", [
     (message, call, how) for message, call, *hows in REFUSED for how in hows])
 def test_misuse_of_folora_is_refused(message, call, how):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, torch.linalg.LinAlgError), match=message):
         call(**how)
 
 
@@ -626,37 +596,24 @@ EXACT = [("Paris", ["Paris", "Lutetia"], 1, 1), ("paris", ["Paris"], 1, 1), ("",
          ("an apple", ["a apple"], 1, 0), ("banana the", ["banana"], 0, 0),
          ("December 14 1972", ["14 December 1972 UTC", "December 14, 1972"], 1, 1),
          ("theatre", ["atre"], 0, 0), ("THE WHO", ["who"], 0, 0)]
-PREFIXES = [(["Spanish", "Spain", "Spanish Language"], ["Spain", "Spanish"]),
-            (["b", "a", "ab"], ["a", "b"])]
 
 
-@pytest.mark.parametrize("judge", ["ours", "lm-eval"])
-def test_answers_are_judged_as_by_lm_eval(judge):
-    exact_match, prefixes = ev.exact_match, ev.shortest_prefixes
-    if judge == "lm-eval":
-        match = pytest.importorskip("lm_eval.api.metrics").exact_match_hf_evaluate
-        choices = pytest.importorskip("lm_eval.tasks.webqs.utils").doc_to_choice
-        ignored = {True: ["\\b(?:The |the |An |A |The |a |an )"], False: None}
-        exact_match = lambda text, answers, articles: max(
-            match([text], [answer], regexes_to_ignore=ignored[articles], ignore_case=True,
-                  ignore_punctuation=True)["exact_match"] for answer in answers)
-        prefixes = lambda answers: choices({"answers": list(answers)})
+def test_answers_are_judged_as_by_lm_eval():
     for text, answers, *verdicts in EXACT:
-        assert [exact_match(text, answers, articles) for articles in (True, False)] == verdicts
-    assert all(prefixes(answers) == kept for answers, kept in PREFIXES)
+        assert [ev.exact_match(text, answers, articles) for articles in (True, False)] == verdicts
 
 
 def test_rows_are_read_whole_and_pairs_found_under_every_name(tmp_path):
     """No separator but a line feed ends a line of a file, and GSM8K's notes go."""
     rows = [{"text": "t", "question": "q", "answer": "2+3=<<2+3=5>>5.\n#### 5"},     # GSM8K
-            {"instruction": "é\u2028\u0085", "input": "i", "output": "r"},           # Alpaca
+            {"instruction": "é\u2028\u0085", "output": "r"},                         # Alpaca
             {"query": "q", "answer": "r", "lang": "python"},                         # CodeFeedback
             {"query": "q", "original_question": "o", "response": "r"}]               # MetaMathQA
     path, lines = tmp_path / "x.jsonl", [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
-    assert ev.read_rows(str(path)) == rows and ev.given_texts(str(path), 1) == ["t"]
+    assert ev.read_rows(str(path)) == rows and ev.given_texts(rows[:1], "x") == ["t"]
     assert ev.to_pairs(rows, "x") == [("q", ["2+3=5.\nThe answer is: 5"]),
-                                      ("é\u2028\u0085\ni", ["r"]), ("q", ["r"]), ("q", ["r"])]
+                                      ("é\u2028\u0085", ["r"]), ("q", ["r"]), ("q", ["r"])]
     for answer in ("a", ["a"], {"aliases": ["a", ""]}):
         assert ev.to_pairs([{"question": "q", "answer": answer}], "x") == [("q", ["a"])]
     for nothing in (None, 5, " ", [5], {"aliases": []}):
@@ -675,7 +632,7 @@ def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
         assert example["labels"][-1] == tokenizer.eos_token_id
     own = model(**ev.collate(examples, CPU)).loss.item()
     assert ev.mean_nll(model, examples, batch_size=1) == pytest.approx(own, rel=1e-4)
-    with pytest.raises(ev.UserError, match="1 of 1 examples have prompts that fill .* tokens"):
+    with pytest.raises(ev.UserError, match="most prompts fill .* tokens: --max-length"):
         ev.encode_all(tokenizer, pairs[1:], len(prompt))             # not one label would be left
 
 
@@ -765,7 +722,7 @@ def test_each_task_is_judged_by_its_own_rule(tiny, monkeypatch, task, text, want
 
 def test_summary_rows():
     before = {"gsm8k": 10.0, "nq_open": 20.0, "webqs": 30.0, "drift": 0.0}
-    after = {"humaneval": 40.0, "nq_open": 15.0, "mmlu": 25.0, "drift": 0.1}
+    after = {"gsm8k": 40.0, "nq_open": 15.0, "triviaqa": 25.0, "drift": 0.1}
     wanted = {"Avg1": 20.0, "Avg1(%)": 80.0, "Avg2": 40.0, "GM": pytest.approx(math.sqrt(800))}
     assert ev.summarise(after, before) == wanted
     assert ev.summarise(after | ev.summarise(after, before), before) == wanted
@@ -775,15 +732,12 @@ def test_summary_rows():
 
 @pytest.mark.parametrize("name, weight", [
     ("model.norm.weight", None), ("model.norm.weight", torch.ones(5)), ("x", torch.ones(2))])
-def test_wrong_weights_are_refused_and_finished_columns_printed(tmp_path, name, weight, capsys):
+def test_wrong_weights_are_refused(tmp_path, name, weight, capsys):
     other = shutil.copytree(ev.TINY, tmp_path / "other") / "model.safetensors"
     weights = load_file(other) | {name: weight}
     save_file({n: w for n, w in weights.items() if w is not None}, other, {"format": "pt"})
-    with pytest.raises(SystemExit, match="2"):
-        ev.main(["tiny", str(other.parent), "--tasks", "facts", "--limit", "2"])
-    out, err = capsys.readouterr()
-    assert f"cannot load the model {other.parent}: " in err.splitlines()[-1]
-    assert "facts" in out and "Avg1" in out and "other" not in out
+    line = stopped(ev.main, [other.parent, "--tasks", "facts", "--limit", "2"], capsys)
+    assert f"cannot load the model {other.parent}: " in line
 
 
 def weights_of(path, dtype=torch.float32):
@@ -791,15 +745,18 @@ def weights_of(path, dtype=torch.float32):
 
 
 def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
-    model = wrapped(tiny[0], r=4, init_lora_weights=False, use_rslora=True)
+    model = wrapped(tiny[0], r=4, init_lora_weights=False)
     model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "adapter")
     wanted = model.merge_and_unload().state_dict()
     close(weights_of(tmp_path / "adapter"), wanted, rtol=0, atol=0)
     for name, rounded in weights_of(tmp_path / "adapter", torch.bfloat16).items():      # only once
         assert (rounded == wanted[name].bfloat16()).float().mean() > 0.999
-    with pytest.raises(ev.UserError, match="nor a finished run"):
-        ev.find_model(str(tmp_path))
+    model.peft_config["default"].use_rslora = True
+    model.save_pretrained(tmp_path / "odd")
+    with pytest.raises(ev.UserError, match="merge it with PEFT: .'use_rslora'"):
+        weights_of(tmp_path / "odd")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ev.UserError, match="has no base_model_name_or_path: add it"):
         ev.find_model(str(tmp_path))
@@ -825,151 +782,16 @@ def stopped(main, arguments, capsys, status=2):
     return line
 
 
-@pytest.mark.parametrize("error, line", [
-    (MemoryError(), "a lower --micro-batch-size, --max-length or --rank"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "--max-length or --rank"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--max-length or --rank"),
-    (ValueError("it is so"), None)])
-def test_what_the_user_can_mend_is_one_line(error, line, capsys):
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_one_line(error, capsys):
     @ev.one_line
     def main(arguments=None):
         bar = tqdm(total=3)                          # it is open and must not share the line
         bar.update()
         raise type(error)(*error.args)
-    with contextlib.nullcontext() if line else pytest.raises(type(error)):
-        assert stopped(main, [], capsys).endswith(line)
-
-
-@pytest.mark.parametrize("ask", [
-    lambda: ev.read_rows("owner/data"), lambda: ev.load_model("owner/name", CPU, torch.float32)])
-def test_without_a_network_the_hub_is_not_asked_again(ask, monkeypatch):
-    constants, config = ev.huggingface_hub.constants, ev.datasets.config
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    for module in (constants, config):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ev.UserError, match="owner/data: no such|cannot load the model owner/"):
-        ask()
-    assert constants.HF_HUB_OFFLINE and config.HF_HUB_OFFLINE
-
-
-@pytest.fixture
-def manager(tmp_path, monkeypatch):
-    """lm-eval's class of task managers. It knows the tasks in tmp_path, and asks no hub."""
-    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install lm-eval==0.4.13")
-    real = tasks.TaskManager
-    mine = functools.partial(real, include_path=tmp_path, include_defaults=False)
-    monkeypatch.setattr(tasks, "TaskManager", mine)
-    monkeypatch.setattr(ev, "reach_hub", lambda: None)
-    return real
-
-
-def test_harness_names_are_checked_before_anything_runs(manager, monkeypatch):
-    with pytest.raises(ev.UserError, match="cannot load .'nothing'.* HF_ALLOW_CODE_EVAL=1"):
-        ev.harness_tasks("nothing")
-    groups = {name: SimpleNamespace(has_aggregation=name == "scored") for name in ("scored", "not")}
-    monkeypatch.setattr(manager, "load", lambda *_: {"tasks": {"task": None}, "groups": groups})
-    assert ev.harness_tasks("task,scored", {"a": 1})[1] == ["task", "scored"]
-    for name in ("tag", "not"):
-        with pytest.raises(ev.UserError, match=f"no score of its own for {{'{name}'}}"):
-            ev.harness_tasks(f"task,{name}")
-
-
-def test_the_harness_scores_a_local_task_into_the_same_table(manager, tmp_path, capsys):
-    """tiny's facts as a task of lm-eval: the built-in score, and in Avg1 like the others."""
-    task = {"task": "world", "dataset_path": "json", "output_type": "generate_until",
-            "dataset_kwargs": {"data_files": {"validation": f"{HERE}/tiny/facts.jsonl"}},
-            "validation_split": "validation", "doc_to_text": ev.NQ_OPEN.format("{{question}}"),
-            "doc_to_target": "{{answer[0]}}",
-            "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False},
-            "metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["^ "]}]}
-    (tmp_path / "world.yaml").write_text(json.dumps(task))           # JSON is YAML
-    ev.main(["tiny", "--tasks", "facts,sums", "--harness", "world", "--limit", "8"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()]
-    row = {words[0]: float(words[-1]) for words in lines}
-    assert row["world"] == row["facts"] > 0
-    assert row["Avg1"] == pytest.approx((2 * row["facts"] + row["sums"]) / 3, abs=0.01)
-
-
-@pytest.mark.parametrize("score, result", [
-    (25, {"alias": "x", "acc,none": 0.25, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}),
-    (20, {"exact,none": 10.0, "HasAns_exact,none": 20.0, "sample_len": 7}),
-    (40, {"prompt_level_loose_acc,none": 0.5, "prompt_level_strict_acc,none": 0.4}),
-    (70, {"rouge_stderr,first": 0.1, "rouge,first": 0.7, "rouge,second": 0.1})])
-def test_one_score_of_a_harness_result(score, result):
-    assert ev.harness_score(result) == pytest.approx(score)
-
-
-# ---- the baselines -------------------------------------------------------------------------------
-
-def baseline(method, alpha=None):
-    """(layer, covariance of its inputs, adapter, optimiser) of a baseline of rank 4."""
-    torch.manual_seed(0)
-    base, C = nn.Linear(12, 10), covariance(12, 400, 100).float()
-    model = nn.ModuleDict({"q_proj": copy.deepcopy(base)})
-    C_pre = {"q_proj": C} if method in baselines.NEEDS_C_PRE else None
-    options = SimpleNamespace(rank=4, alpha=alpha, lr=1e-2, target_modules="q_proj")
-    optimizer = baselines.add_adapters(method, model, options, C_pre)
-    return base, C, model["q_proj"], optimizer
-
-
-@pytest.mark.parametrize("alpha", [None, 12.0])
-@pytest.mark.parametrize("method", baselines.STARTS)
-def test_a_baseline_starts_as_its_layer_then_moves_and_merges(method, alpha):
-    base, _, adapter, optimizer = baseline(method, alpha)
-    x, before = torch.randn(9, 12), [p.detach().clone() for p in (adapter.lora_A, adapter.lora_B)]
-    close(adapter(x), base(x), **SAME)
-    descend(adapter, optimizer, [{"input": x}] * 3, lambda y: y.square().mean())
-    frozen = [*map(torch.equal, (adapter.lora_A, adapter.lora_B), before)]
-    assert frozen == [method == "lora-null-v2", False] and not adapter.weight.requires_grad
-    merged = adapter.merged()
-    close(merged(x), adapter(x), **SAME)
-    update = merged.weight.detach() - base.weight.detach()
-    assert update.abs().max() > 1e-3
-    if method == "oplora":                   # orthogonal to the top singular spaces on both sides
-        U, _, Vh = torch.linalg.svd(base.weight.detach())
-        assert max((U.mT @ update)[:4].abs().max(), (update @ Vh.mT)[:, :4].abs().max()) < 1e-5
-
-
-@pytest.mark.parametrize("alpha, kappa", [(None, 1.0), (12.0, 3.0)])
-@pytest.mark.parametrize("method", ["milora", "lora-null", "lora-null-v2"])
-def test_a_baselines_start_is_its_formula_in_numpy(method, alpha, kappa):
-    base, C, adapter, _ = baseline(method, alpha)
-    A, B, W, C = (t.detach().double().numpy()
-                  for t in (adapter.lora_A, adapter.lora_B, base.weight, C))
-    least = numpy.linalg.eigh(C)[1][:, :4]
-    W, kept = (W, slice(-4, None)) if method == "milora" else (W @ least @ least.T, slice(4))
-    U, S, Vh = numpy.linalg.svd(W, full_matrices=False)
-    S = S[kept] / kappa
-    numpy.testing.assert_allclose(B @ A, U[:, kept] * S @ Vh[kept], atol=1e-4)
-    numpy.testing.assert_allclose(B.T @ B, numpy.diag(S), rtol=1e-4, atol=1e-4)  # √(S/κ) in each
-
-
-@pytest.mark.parametrize("alpha", [4, 8])
-@pytest.mark.parametrize("method", ["lora", "corda"])
-def test_a_start_is_pefts(method, alpha, tmp_path):
-    from peft.tuners.lora import config, corda
-    base, C, ours, _ = baseline("corda", alpha)
-    model = nn.ModuleDict({"q_proj": copy.deepcopy(base)})
-    lora = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"])
-    if method == "corda":
-        torch.save({"q_proj": C.clone()}, tmp_path / "C.pt")
-        lora.init_lora_weights, lora.corda_config = "corda", config.CordaConfig(
-            corda_method="kpm", covariance_file=str(tmp_path / "C.pt"))
-        corda.preprocess_corda(model, lora)
-    theirs = peft.get_peft_model(model, lora).base_model.model["q_proj"]
-    if method == "lora":
-        torch.manual_seed(3)
-        theirs.reset_lora_parameters("default", True)
-        torch.manual_seed(3)
-        ours = folora.LoRALinear(base, 4, alpha)
-        trainable = [name for name, p in ours.named_parameters() if p.requires_grad]
-        assert trainable == ["lora_A", "lora_B"]
-    A, B = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    signs, near = torch.sign((ours.lora_A * A).sum(1)), dict(rtol=1e-3, atol=1e-4)
-    close(ours.lora_A * signs[:, None], A, **near)                   # signs of singular vectors
-    close(ours.lora_B * signs, B, **near)
-    close(ours.weight, theirs.base_layer.weight, **near)
-    assert ours.scaling == theirs.scaling["default"]
+    assert stopped(main, [], capsys).endswith("lower --micro-batch-size, --max-length or --rank")
 
 
 # ---- train_math.py, end to end -------------------------------------------------------------------
@@ -979,9 +801,8 @@ COMMON = ("--max-samples 64 --batch-size 8 --micro-batch-size 4 --max-steps 6 --
 FAST = [*COMMON, *"--calibration-samples 4 --task-samples 8 --basis-rank 16 --compare no".split()]
 TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"
 PAPER = ("folora", "--preset", "paper", "--kl", "5")
-COMPARED = ("folora", *"--tasks facts,drift --compare lora --merge 1 --kl 2 --kl-texts 3 --lr 1e-2 "
-            "--tau 0.02 --lam 2 --s-min 0.7 --alpha 16 --gradient-checkpointing 1 "
-            "--target-modules q_proj,down_proj".split())
+COMPARED = ("folora", *"--tasks facts,drift --compare lora --merge 1 --kl 2 --lr 1e-2 --lam 2 "
+            "--s-min 0.7 --gradient-checkpointing 1 --target-modules q_proj,down_proj".split())
 
 
 def read_json(path):
@@ -1029,12 +850,11 @@ def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
         assert [*map(float, row[task])] == pytest.approx(columns, abs=digits)
 
 
-@pytest.mark.parametrize("run, kl, count, how", [
-    (("lora",), 0, 0, dict(lr=4e-3)), (PAPER, 5, 4, dict(lr=6e-3, s_min=0.3, zero_start=False)),
-    (COMPARED, 2, 3, dict(lr=1e-2, s_min=0.7, tau=0.02, lam=2.0, alpha=16,
-                          target_modules=("q_proj", "down_proj")))])
-def test_training_is_a_literal_loop_without_micro_batches(run, kl, count, how, trained, tiny):
-    """The loss is the batch's, plus kl times KL(untouched || now) on `count` calibration texts."""
+@pytest.mark.parametrize("run, kl, how", [
+    (("lora",), 0, dict(lr=4e-3)), (PAPER, 5, dict(lr=6e-3, s_min=0.3, zero_start=False)),
+    (COMPARED, 2, dict(lr=1e-2, s_min=0.7, lam=2.0, target_modules=("q_proj", "down_proj")))])
+def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained, tiny):
+    """The loss is the batch's, plus kl times KL(untouched || now) on four calibration texts."""
     untouched, tokenizer = tiny
     held_out = ev.held_out(untouched, tokenizer, 40)[:4]
     model, examples = copy.deepcopy(untouched), word_problems(tokenizer, 64)
@@ -1053,8 +873,7 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, count, how, t
             group["lr"] = how["lr"] * train_math.schedule(step, 6)
         loss = model(**ev.collate([examples[i] for i in batch], CPU)).loss
         if kl:
-            some = [texts[i % 4] for i in range(step * count, (step + 1) * count)]
-            (kl * literal_kl(untouched, model, some)).backward()
+            (kl * literal_kl(untouched, model, texts)).backward()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -1095,46 +914,27 @@ def test_killed_runs_go_on_to_the_same_numbers(trained, tmp_path):
 
 
 def test_what_stops_a_run_is_said_in_a_line_and_it_resumes(trained, tmp_path, monkeypatch, capsys):
-    """A full disk, then NaN in step 4, then Ctrl-C in step 3. What is finished is not repeated."""
+    """NaN in step 4, then Ctrl-C in step 3. What is finished is not repeated."""
     out, finished = tmp_path / "run", kill.result(trained("folora")[0])
     arguments = command("folora", "--out", str(out))
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
-    try:
-        line = stopped(train_math.main, arguments, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert re.search("File too large|disk full", line) and (out / "prepared.pt.part").exists()
-    monkeypatch.setattr(train_math, "calibration_texts", None)
     answers = [*[DEFAULT] * 3, (math.nan, 1.0), KeyboardInterrupt, *[DEFAULT] * 4]
     gradients = Mock(wraps=train_math.gradients, side_effect=answers)
     monkeypatch.setattr(train_math, "gradients", gradients)
     line = stopped(train_math.main, arguments, capsys, status=1)
-    assert "step 4: loss nan, gradient norm 1.0; the last checkpoint is of step 2" in line
+    assert "step 4: loss nan, norm 1.0: lower --lr" in line
     assert [line["step"] for line in metrics(out)] == [1, 2]
-    monkeypatch.setattr(folora, "decompose", None)
+    for module, name in ((train_math, "calibration_texts"), (folora, "decompose")):
+        monkeypatch.setattr(module, name, None)
     assert "KeyboardInterrupt" in stopped(train_math.main, arguments, capsys)
     train_math.main(arguments)
     assert kill.result(out) == finished and gradients.call_count == len(answers)
-
-
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); input()"
 
 
 def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
     arguments = command("folora", "--out", str(trained("folora")[0]))
     stop = lambda *more: stopped(train_math.main, [*arguments, *more], capsys)
     assert "holds a run with another merge, rank: give" in stop("--rank", "4", "--merge", "1")
-    assert "folora is an adapter: train it" in stop("--model", arguments[-1], "--out", tmp_path)
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-uc", HOLD, tmp_path / "lock"], **pipes) as other:
-        other.stdout.readline()
-        assert "another process is at work" in stop("--out", tmp_path)
-        other.communicate(b"\n")
-    (tmp_path / "notes.txt").write_text("mine")
-    assert "holds other files and no run" in stop("--out", tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": []}')
-    assert "holds a run with another basis_rank, batch_size, " in stop("--out", tmp_path)
+    assert "is an adapter: train it" in stop("--model", arguments[-1], "--out", tmp_path)
 
 
 def test_the_gradient_is_clipped_and_checkpointing_runs_the_layers_again(tiny):
@@ -1148,44 +948,23 @@ def test_the_gradient_is_clipped_and_checkpointing_runs_the_layers_again(tiny):
         clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
         assert clipped == pytest.approx(1.0, rel=1e-3) and norm > 1.1
     assert len(calls) == 5                   # twice with, once without and twice for the text
-    opt = transformers.OPTModel(transformers.OPTConfig(
-        hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=1, dropout=0.5))
-    train_math.recompute(opt, 1)
-    close(*(opt(torch.arange(9)[None])[0] for _ in range(2)))             # no dropout in a layer
 
 
 def test_on_gpus_the_loss_on_the_cpu_is_summed_as_well(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(train_math, "PROCESSES", 2)
-    monkeypatch.setattr(train_math, "dist", group := Mock(is_initialized=lambda: False))
-    train_math.join()
-    backend = group.init_process_group.call_args.args
-    devices = torch.distributed.distributed_c10d.BackendConfig(*backend)
-    assert devices.device_backend_map == {"cpu": "gloo", "cuda": "nccl"}
+    monkeypatch.setattr(train_math, "dist", group := Mock())
+    train_math.resolve(train_math.parse_options([]))
+    group.init_process_group.assert_called_with("cpu:gloo,cuda:nccl")
 
 
-TWO_PROCESSES = """
-import sys, torch, folora, train_math
-train_math.join()
-torch.manual_seed(train_math.PROCESS)                   # each process would have another basis
-x, net = torch.randn(90, 8), torch.nn.Sequential(torch.nn.Linear(8, 4))
-task = [{"input": x * torch.arange(1, 9)}]
-optimizer = folora.prepare(net, [{"input": x}], task, 1e-2, 4, target_modules="0", basis_rank=5)
-for mine in (optimizer.param_groups[0]["basis"], net[0].lora_A.detach()):
-    copies = [torch.empty_like(mine) for _ in range(2)]
-    torch.distributed.all_gather(copies, mine.contiguous())
-    assert torch.equal(*copies)
-train_math.main()
-"""
-
-
-def test_two_processes_share_bases_and_do_what_one_does(trained, tmp_path):
+def test_two_processes_do_what_one_does(trained, tmp_path):
     """The same batch and KL texts, divided by torchrun: the same losses, scores and weights."""
-    one, two, script = trained(*COMPARED)[0], tmp_path / "two", tmp_path / "work.py"
-    script.write_text(TWO_PROCESSES)
+    one, two = trained(*COMPARED)[0], tmp_path / "two"
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-    done = subprocess.run([*launch, script, *command(*COMPARED), "--out", two], text=True, cwd=HERE,
-                          env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True)
+    done = subprocess.run([*launch, "train_math.py", *command(*COMPARED), "--out", two], text=True,
+                          cwd=HERE, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Avg1(%)") == done.stderr.count("eigenproblems:   0%") == 1
     for method, *runs in (("folora", one, two), ("lora", one / "lora", two / "lora")):
@@ -1197,36 +976,14 @@ def test_two_processes_share_bases_and_do_what_one_does(trained, tmp_path):
         assert all((a[name] - b[name]).norm() < 1e-5 * a[name].norm() for name in a)
 
 
-def test_calibration_texts_are_given_and_cut_and_drift_needs_one_tokenizer(tiny, tmp_path, capsys):
-    model, tokenizer, text = *tiny, "The cat is a cat. " * 30
-    (tmp_path / "own.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    options = train_math.parse_options(
-        [*FAST, "--calibration-samples", "1", "--calibration", str(tmp_path / "own.jsonl")])
-    assert train_math.calibration_texts(options, *tiny) == [tokenizer(text)["input_ids"][:40]]
-    other = shutil.copytree(ev.TINY, tmp_path / "other") / "tokenizer.json"
-    swapped = other.read_text().replace('whe": 501', 'whe": 502').replace('Mon": 502', 'Mon": 501')
-    other.write_text(swapped)
-    line = stopped(ev.main, ["tiny", other.parent, "--tasks", "drift"], capsys)
-    assert "other has another tokenizer than tiny" in line
-    with pytest.raises(ev.UserError, match="no token to score"):
-        ev.mean_nll(model, [{"ids": [1], "labels": [1]}])
-
-
-def test_other_processes_wait_for_what_the_first_one_makes(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_math, "PROCESS", 1)
-    monkeypatch.setattr(time, "sleep", lambda _: train_math.save([7], tmp_path / "made.json"))
-    assert train_math.once(tmp_path / "made.json", None) == [7]
-
-
 def test_schedule_and_order_of_the_data():
     rates = [train_math.schedule(step, 100) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] == max(rates) == 1
-    assert 0 < rates[-1] < 1e-3
+    assert 0 < rates[-1] < 1e-3 and len(train_math.data_order(10, 4, 1, 7, 0)) == 7
     order = train_math.data_order(10, 4, 2, None, 0)
+    assert order != train_math.data_order(10, 4, 2, None, 1)
     assert [len(batch) for batch in order] == [4] * 5
     assert sorted(sum(order, []))[::2] == list(range(10))
-    assert order != train_math.data_order(10, 4, 2, None, 1)
-    assert len(train_math.data_order(10, 4, 1, 7, 0)) == 7
 
 
 GOOD = b'{"question": "q", "answer": "a"}\n'
@@ -1235,43 +992,33 @@ FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[
          "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
 BAD = [            # (message, arguments, others, ...): eval.py's if they begin with a model
     ("{flag}: must be from 0 to 1e+09, not {value}", "--lr -1", "--lr inf", "--basis-rank -1"),
-    ("{flag}: must be from 1e-09 to 1e+09", "--lam 0", "--tau nan", "--alpha 1e-300"),
-    ("{flag}: must be from 1 to 1e+09", "--rank 0", "--epochs 0", "--max-steps 0",
-     "--batch-size 0", "--calibration-samples 0", "--log-every 0"),
-    ("{flag}: must be from 0 to 1, not 2", "--s-min 2", "--zero-start 2"),
-    ("{flag}: must be from 0 to 999", "--seed -1", "--seed 1000"), ("--limit", "tiny --limit 0"),
-    ("{flag}: invalid number value: 'much'", "--lr much"), ("{value}: expected one", "--lr"),
-    ("{flag}: invalid int value: 'few'", "tiny --limit few"), ("required: MODEL", ""),
-    ("invalid choice: '{value}'", "--method milora", "tiny --dtype int8"),
+    ("{flag}: must be from 1e-09 to 1e+09", "--lam 0", "--lam nan"),
+    ("{flag}: must be from 1 to 1e+09", "--rank 0", "--max-steps 0", "--log-every 0"),
+    ("{flag}: must be from 0 to 1, not 2", "--s-min 2"), ("{value}: expected one", "--lr"),
+    ("{flag}: invalid number value: 'much'", "--lr much"), ("required: MODEL", ""),
+    ("{flag}: invalid int value: 'few'", "tiny --limit few"), ("nothing to score", "--tasks="),
+    ("invalid choice: '{value}'", "--method milora"),
     ("unrecognized arguments: {flag} {value}", "--steps 5", "tiny --banana 5"),
-    ("{flag} {value}: it is cpu, cuda or", "--device banana", "--device cuda:99",
-     "tiny --device banana"), ("nothing to score", "tiny --tasks=", "--tasks="),
     ("rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width", "--rank 193"),
-    ("64 of 64 examples have prompts that fill {value} tokens (raise {flag})", "--max-length 20"),
-    ("beyond the 512 positions of tiny", "--max-length 513", "--calibration-max-tokens 512"),
+    ("most prompts fill {value} tokens: {flag}", "--max-length 20"),
     ("no nn.Linear is called nothing", "--target-modules nothing"),
-    ("lm_head shares its weight", "--target-modules lm_head"),
+    ("lm_head is quantised (use get_peft_model) or shares", "--target-modules lm_head"),
     ("{value}: no such directory, and no short name", "--model nowhere", "--model runs/nowhere",
-     "nowhere"), ("pip install lm-eval", "tiny --harness mmlu"),
-    ("{value}: neither a checkpoint", "--model good.jsonl", "good.jsonl"),
-    ("unknown task trivia", "--tasks facts,trivia", "tiny --tasks trivia"),
+     "nowhere", "good.jsonl"), ("unknown task {value}", "--tasks trivia", "--tasks GM"),
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
      "--calibration gone.jsonl"), ("list.jsonl, line 2: not JSON", "--data list.jsonl"),
-    ("cut.jsonl, line 2: not JSON", "--data cut.jsonl", "tiny --tasks nll=cut.jsonl"),
+    ("cut.jsonl, line 2: not JSON", "tiny --tasks nll=cut.jsonl"),
     ("{value}, line 1: not JSON with fields, {{...}}, in UTF-8", "--data latin.jsonl"),
     ("good.jsonl, line 1: its answer has no number after ####", "--tasks gsm8k=good.jsonl"),
-    ("half.jsonl, line 2: no field called answers or answer", "--tasks facts=half.jsonl",
-     "--data half.jsonl"), ("{value}, line 1: no field called question", "--data null.jsonl"),
+    ("half.jsonl, line 2: no field called answers or answer", "--data half.jsonl"),
+    ("{value}, line 1: no field called question", "--data null.jsonl"),
     ("{value}, line 1: no field called text or question", "--calibration five.jsonl"),
-    ("none.jsonl: no rows", "--data none.jsonl", "tiny --tasks facts=none.jsonl"),
-    ("File exists: '{value}'", "--out good.jsonl"), (". holds", "--out ."),
-    ("Not a directory: '{value}'", "--out good.jsonl/run")]
+    ("none.jsonl: no rows", "--data none.jsonl"), ("File exists: '{value}'", "--out good.jsonl")]
 
 
 @pytest.mark.parametrize("message, arguments", [
     (message, arguments) for message, *some in BAD for arguments in some])
 def test_bad_input_gets_one_line_before_any_work(message, arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)          # as if it were not installed
     monkeypatch.chdir(tmp_path)
     for file, content in FILES.items():
         Path(f"{file}.jsonl").write_bytes(content)
@@ -1288,173 +1035,32 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
                   calibration_samples=2000, task_samples=256, zero_start=0, compare="no", lr=3e-4)
     assert wanted.items() <= vars(paper).items()
     for function in (folora.prepare, folora.attach):
-        ours = inspect.signature(function).parameters.items()
-        preset = train_math.PRESETS["tuned"] | dict(tau=train_math.parse_options([]).tau)
+        ours, preset = inspect.signature(function).parameters.items(), train_math.PRESETS["tuned"]
         assert all(p.default == preset[name] for name, p in ours if name in preset)
     tuned = train_math.parse_options("--lam 2 --rank 16 --max-steps 1".split())
     wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.2e-2)
     assert wanted.items() <= vars(tuned).items()
-    assert train_math.parse_options(["--model", str(ev.TINY), "--method", "lora"]).lr == 4e-3
     assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)
-    with pytest.raises(SystemExit):
-        train_math.main(["--help"])
-    assert "more forgets less [the paper's] (None)" in " ".join(capsys.readouterr().out.split())
 
 
-# ---- the measurements ----------------------------------------------------------------------------
-
-@pytest.fixture
-def experiments(tmp_path, monkeypatch):
-    from assets import experiments
-    for folder in ("HERE", "CACHE"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
-    return experiments
-
-
-def test_a_suite_scores_the_command_lines_run_and_its_scaled_update_once(
-        trained, experiments, monkeypatch):
-    suite, setting = (*FAST, "--tasks", TASKS), experiments.grid("folora --kl-texts 4")[0]
-    runs = [setting | {"seed": 0}]
-    monkeypatch.setattr(experiments, "wanted", lambda name: runs)
-    experiments.run_all("tiny", suite)
-    row, = experiments.read("tiny")["runs"]
-    scores = read_json(trained("folora")[0] / "summary.json")["scores"]["folora"]
-    measures = {name: row["scores"].pop(name) for name in ("penalty", "cka")}
-    del scores["Avg1(%)"]
-    assert row["scores"] == pytest.approx(scores, rel=1e-4, abs=1e-6)
-    for scale in (0.7, 0.5, 0.35):
-        some = row["scaled"][str(scale)]
-        assert some["penalty"] == pytest.approx(scale ** 2 * measures["penalty"], rel=1e-3)
-        assert measures["cka"] < some["cka"] < 1 and some["drift"] < scores["drift"]
-    runs.append(setting | {"seed": 1})
-    diverge = Mock(side_effect=FloatingPointError)
-    monkeypatch.setattr(train_math, "train", diverge)
-    experiments.run_all("tiny", suite)
-    assert [call.args[0].seed for call in diverge.call_args_list] == [1]
-    assert len(experiments.read("tiny")["runs"]) == 1
-
-
-def test_drift_by_penalty_and_cka_is_what_their_formulas_say(experiments):
-    g = torch.Generator().manual_seed(0)
-    body = lambda W: SimpleNamespace(device=CPU, get_decoder=lambda: lambda ids: [W[ids]],
-                                     get_submodule=lambda name: SimpleNamespace(weight=W))
-    X, Y, C = (torch.randn(12, 12, generator=g) for _ in range(3))
-    shared = SimpleNamespace(texts=[torch.arange(12)], model=body(X), C={"x": C @ C.mT})
-    kernels = [K - K.mean(0) - K.mean(1)[:, None] + K.mean() for K in (X @ X.mT, Y @ Y.mT)]
-    expected = (kernels[0] * kernels[1]).sum() / (kernels[0].norm() * kernels[1].norm())
-    assert experiments.hidden_cka(shared, body(Y)) == pytest.approx(expected.item(), rel=1e-4)
-    R = [sum(row @ C @ C.mT @ row for row in M) for M in (Y - X, X)]
-    assert experiments.penalty(shared, body(Y)) == pytest.approx((R[0] / R[1]).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("change, steps", [
-    ("", [0.06, 0.07]), ("A frozen", [0, 0.07]), ("plain Adam", [0.1, 0.07]),
-    ("A slow", [0.02, 0.07]), ("one lr", [0.06, 0.1]),
-    ("one lr, A slow, plain Adam", [0.0333, 0.1])])
-def test_changes_do_what_they_say(experiments, change, steps):
-    A, B = nn.Parameter(torch.zeros(4, 12)), nn.Parameter(torch.zeros(10, 4))
-    spectral = {"params": [A], "basis": torch.eye(12), "gate": torch.full((12,), 0.6)}
-    optimizer = folora.SAdam([spectral, {"params": [B], "scale": 0.7}], lr=0.1)
-    experiments.change_optimizer(optimizer, change)
-    A.grad, B.grad = torch.ones(4, 12), torch.ones(10, 4)
-    optimizer.step()
-    assert [-p.mean().item() for p in (A, B)] == pytest.approx(steps, abs=1e-4)
-
-
-def test_the_nll_of_an_answer_is_of_the_answer_alone(experiments, tiny):
-    pair, = ev.to_pairs([{"question": "who", "answer": ["Tom", "T"]}], "questions")
-    example = experiments.with_answer(tiny[1], "Q: {}?\nA:", *pair)
-    labelled = [i for i, label in zip(example["ids"], example["labels"]) if label != -100]
-    assert tiny[1].decode(labelled) == " Tom"
-    assert tiny[1].decode(example["ids"], skip_special_tokens=True) == "Q: who?\nA: Tom"
-
-
-REPORT = """
-smollm2: KL at LoRA's lowest NLL (2.050 ± 0.071) +
-| method | 0.03 | 0.01 | 0.005 | 0.0 |
-| LoRA | 0.303 ± 0.014 | 0.308 ± 0.014 | 0.309 ± 0.014 | 0.310 ± 0.014 |
-| MiLoRA | - | - | - | - |
-smollm2: NLL and KL (drift) in nat per token
-| method | setting | nll | drift | KL / FoLoRA's |
-| untouched |  | 5.000 | 0.0000 |  |
-| LoRA | lr 1e-3 | 2.050 ± 0.071 | 0.310 ± 0.014 | - |
-| MiLoRA | lr 3e-4 | 2.550 ± 0.071 | 0.0600 ± 0.0141 | - |
-| FoLoRA | basis-rank 32 lam 1 lr 3e-3 | 2.100 | 0.800 | 1.000 |
-|  | preset paper zero-start 1 lam 1 s-min 0 lr 3e-3 one lr | 2.600 | 0.250 | 0.500 |
-smollm2, 26 points, rank correlation with prose: {'drift': 1.0, 'penalty': RHO, 'cka': -1.0}"""
-
-
-def test_the_report_and_what_is_fresh_from_the_undominated_settings(experiments, tmp_path, capsys):
-    """Each further seed is worse by 0.1 in NLL and by 0.02 in KL. Not all settings have two."""
-    pytest.importorskip("matplotlib", reason="pip install matplotlib for the figure")
-    named = lambda label, name="smollm2": [
-        setting for some, setting in experiments.settings_of(name) if some == label]
-    lora, milora, (folora, *_), (part, *_) = map(named, ("LoRA", "MiLoRA", "FoLoRA", ""))
-    runs, points = [], []
-    for setting, seeds, nll, kl in [
-            (lora[0], 2, 3.0, 0.1), (lora[1], 2, 2.5, 0.9), (lora[2], 2, 2.0, 0.3),
-            (lora[3], 3, 2.2, 0.3), (milora[1], 2, 2.5, 0.05), (folora, 1, 2.1, 0.8),
-            (part, 1, 2.6, 0.25)]:
-        for x, y, seed in ((nll + seed / 10, seed / 50, seed) for seed in range(seeds)):
-            pairs = [(x, kl + y), (x + 1, kl / 4 + y)]
-            scores = [{"nll": x, "drift": y, "penalty": x, "cka": 1 - y, "prose": y}
-                      for x, y in pairs]
-            runs.append(setting | {"seed": seed, "scores": scores[0], "scaled": {"0.5": scores[1]}})
-            points += pairs
-    untouched = {"nll": 5.0, "drift": 0.0, "GM": 1.0}
-    (tmp_path / "smollm2.json").write_text(json.dumps({"untouched": untouched, "runs": runs}))
-    (tmp_path / "smollm2-fresh.json").write_text(json.dumps({"runs": runs[6:7]}))      # of lora[3]
-    experiments.main(["report"])
-    printed = [line for line in capsys.readouterr().out.splitlines() if line and "---" not in line]
-    rho = scipy.stats.spearmanr(*zip(*points))[0]
-    assert printed == REPORT.replace("RHO", str(round(rho, 2))).strip().splitlines()
-    assert (tmp_path / "tradeoff.png").exists()
-    assert named("LoRA", "smollm2-fresh") == [lora[0], lora[2]]  # of those that are not scaled
-    seeds = [{run["seed"] for run in experiments.wanted(name)}
-             for name in ("smollm2", "smollm2-fresh")]
-    assert seeds == [{0}, {3, 4, 5}] and experiments.FRESH_TEXT["seed"] != ev.HELD_OUT_SEED
-    searched = train_math.parse_options(experiments.SUITES["smollm2"].split()).eval_samples
-    assert experiments.FRESH_TEST.start == searched
-
-
-def test_codes_are_the_same_in_training_and_test(experiments, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "run_all", run_all := Mock())
-    experiments.main(["codes", "--eval-samples", "7"])
-    name, suite = run_all.call_args.args
-    options = train_math.parse_options(suite)
-    train, test = (ev.read_rows(str(tmp_path / f"codes{end}.jsonl")) for end in ("", "_test"))
-    assert name == "codes" and options.data == str(tmp_path / "codes.jsonl")
-    assert options.eval_samples == 7 and f"nll={tmp_path}/codes_test.jsonl" in options.tasks
-    known = {pair for row in train for pair in zip(
-        row["question"].removeprefix("Write in code: ").split(), row["answer"].split())}
-    assert len(known) == 20 == len(dict(known)) and train != test
-    for row in test:
-        assert row["answer"].split() == [dict(known)[word] for word in row["question"].split()[3:]]
-
-
-@pytest.mark.parametrize("suite", ["tiny", "codes", "smollm2", "smollm2-long"])
-def test_every_setting_of_a_suite_is_a_command_line(experiments, suite):
-    for run in experiments.wanted(suite):
-        experiments.options_of((), run["method"], run["flags"], run["seed"])
-        assert run["method"] in ("folora", "lora", *baselines.STARTS)
-
-
-def test_gpu_prints_one_table(experiments, monkeypatch, capsys):
-    monkeypatch.setattr(train_math, "run", lambda options, before: {
-        "untouched": before or {"nll": 2.0, "drift": 0.0},
-        options.method: {"nll": options.kl, "drift": options.s_min if before else 0.1}})
-    experiments.main(["gpu", "--model", "tiny", "--max-steps", "1"])
-    words = [line.split()[-5:] for line in capsys.readouterr().out.splitlines()]
-    assert words == [["untouched", "lora", "lora-kl", "folora-paper", "folora"],
-                     ["2.0000", "0.0000", "1.0000", "0.0000", "0.0000"],
-                     ["0.0000", "0.1000", "0.0000", "0.3000", "0.0000"]]
+def test_loras_start_is_pefts(tiny):
+    """A is uniform in ± 1 / √d_in, and B is 0."""
+    ours, theirs = copy.deepcopy(tiny[0]), wrapped(tiny[0])
+    train_math.add_adapters(train_math.parse_options("--method lora --rank 8".split()), ours)
+    for model in (ours, theirs):
+        (A, B, _), = folora._adapters(next(m for m in model.modules() if folora._adapters(m)))
+        assert A.abs().max().item() == pytest.approx(A.shape[1] ** -0.5, rel=0.02)
+        assert A.std().item() == pytest.approx((3 * A.shape[1]) ** -0.5, rel=0.1) and not B.any()
+    trainable = {name.rpartition(".")[2] for name, p in ours.named_parameters() if p.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
 
 
 # ---- the house -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
-    ("folora.py", 603, 372), ("train_math.py", 433, 318), ("eval.py", 556, 368),
-    ("assets/experiments.py", 469, 351), ("test_folora.py", 1494, 1224)])
+    ("folora.py", 450, 300), ("train_math.py", 391, 280), ("eval.py", 439, 280),
+    ("assets/experiments.py", 350, 300), ("assets/baselines.py", 100, 80),
+    ("assets/bench.py", 220, 180), ("test_folora.py", 1100, 1000)])
 def test_a_file_is_no_longer_than_its_budget(name, lines, code):
     text = (HERE / name).read_text()
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}

@@ -18,11 +18,9 @@ table. Another run needs another --out. metrics.jsonl has a line for each step:
                    model wrote; null between two measurements
 """
 import argparse
-import fcntl
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -44,7 +42,7 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=20
 # --lr for any model, and for tiny.
 LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
 RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "compare"}
-STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.pt lock".split()
+STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.pt".split()
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -52,10 +50,9 @@ STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.p
 def between(kind, low, high=1e9):
     """An argparse type: a number of this kind from `low` to `high`."""
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:                 # also refuses nan
+        if not low <= kind(text) <= high:            # also refuses nan
             raise argparse.ArgumentTypeError(f"must be from {low} to {high:g}, not {text}")
-        return value
+        return kind(text)
     return number
 
 
@@ -67,17 +64,14 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
     ("--compare", ("lora", "no"), "no", "lora: train LoRA after FoLoRA; so with tiny [ours]"),
     ("--target-modules", str, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
-    ("--data", str, "openai/gsm8k", "hub id or .jsonl of questions and answers [ours]"),
+    ("--data", str, "openai/gsm8k:main", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
-    ("--alpha", POSITIVE, None, "the scaling is alpha / rank, or 1 without this [ours]"),
     ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
     ("--lam", POSITIVE, None, "lambda, the gamma of gate 1/2: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
     ("--basis-rank", NATURAL, None, "directions in which A may move, 0: all [ours]"),
     ("--zero-start", SWITCH, None, "1: B starts at 0; 0: at the paper's residual [ours]"),
-    ("--kl", RATE, 0.0, "weight of KL(untouched || now) on calibration texts in the loss [ours]"),
-    ("--kl-texts", COUNT, 4, "texts a step for --kl [ours]"),
-    ("--tau", POSITIVE, 0.01, "ridge, relative to C_pre's mean eigenvalue [ours]"),
+    ("--kl", RATE, 0.0, "weight of KL(untouched || now) on 4 calibration texts a step [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps instead of --epochs [ours]"),
     ("--max-samples", COUNT, 100_000, "the first so many examples [the paper's]"),
@@ -94,18 +88,16 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--log-every", COUNT, 10, "steps between checkpoints and measurements of drift [ours]"),
     ("--merge", SWITCH, 0, "1: write the merged model too [ours]"),
     ("--seed", between(int, 0, 999), 0, "of calibration text, adapters, order of the data [ours]"),
-    ("--dtype", ("auto", *ev.DTYPES[:2]), "auto", "auto: bfloat16 on a GPU, else float32 [ours]"),
-    ("--device", str, "auto", "cuda, cpu, or auto: cuda if there is one [ours]"),
+    ("--dtype", ("auto", "float32", "bfloat16"), "auto", "auto: bfloat16 on a GPU [ours]"),
     ("--out", str, None, "the run's directory; none: runs/<model>-<method> [ours]")]
 
 
 def parse_options(arguments=None):
     """What the command line says, else --model tiny, else the preset, else the default."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog="[ours], [the paper's]: whose default it is\n"
-        f"What is None above: --preset sets {PRESETS}\n"
-        f"--lr is {LEARNING_RATES}, for any model and for tiny\n--model tiny sets {TINY}")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="What is "
+        f"None above: --preset sets {PRESETS}\n--lr is {LEARNING_RATES}, for any model and tiny\n"
+        f"--model tiny sets {TINY}\n[ours], [the paper's]: whose default it is")
     parser.error = lambda message: ev.need(False, message)       # without the usage: one line
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
@@ -120,17 +112,18 @@ def parse_options(arguments=None):
 
 
 def resolve(options):
-    """Replace "auto" by what it means on this machine."""
-    device, dtype = ev.pick_device(options.device, options.dtype)
-    if device.type == "cuda":                        # by number; a resumed run may get another GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-    options.device, options.dtype = device.type, dtype
+    """Replace "auto" by what it means here. Each process of torchrun takes its own GPU."""
+    options.device, options.dtype = ev.pick_device(options.dtype)
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if PROCESSES > 1:                                # gloo sums the loss, which is on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo")
 
 
 # ---- the run's directory -------------------------------------------------------------------------
 
 def claim(out, options):
-    """Make and lock the run's directory and write its config.json, or say in one line why not."""
+    """Make the run's directory and its config.json, or say in one line why not."""
     out.mkdir(parents=True, exist_ok=True)
     config, ours = out / "config.json", vars(options)
     if config.exists():
@@ -138,25 +131,18 @@ def claim(out, options):
         differ = [n for n in sorted(ours.keys() - RESUME_MAY_CHANGE) if theirs.get(n) != ours[n]]
         ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give what "
                 f"{config} says, or another --out")
-    else:
-        others = {path.name for path in out.iterdir()} - {"lock", "config.json.part"}
-        ev.need(not others, f"{out} holds other files and no run: give another --out")
-    # Nobody closes this file: it is locked while we live.
-    with ev.blame(f"{out}: another process is at work on this run, or no file can be locked"):
-        fcntl.lockf(os.open(out / "lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     once(config, lambda: {"torch": torch.__version__, "options": ours})
 
 
 def save(value, path):
     """Write under another name and rename: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
-    if path.suffix == ".jsonl":
-        part.write_text("".join(f"{json.dumps(line)}\n" for line in value))
-    elif path.suffix == ".json":
-        part.write_text(json.dumps(value, indent=1 if isinstance(value, dict) else None))
-    else:
-        with ev.blame(f"cannot write {part} (is the disk full?)"):
+    with ev.blame(f"cannot write {part} (is the disk full?)"):
+        if path.suffix == ".pt":
             torch.save(value, part)
+        else:
+            indent = 1 if isinstance(value, dict) else None
+            part.write_text(value if isinstance(value, str) else json.dumps(value, indent=indent))
     part.replace(path)
 
 
@@ -176,32 +162,19 @@ def once(path, make):
     return read(path)
 
 
-def join():
-    """Wait until all of torchrun's processes are here. Gloo sums the loss, which is on the CPU."""
-    if PROCESSES > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        dist.barrier()
-
-
 # ---- preparation ---------------------------------------------------------------------------------
 
 def load(options):
     """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
-    ev.need(not ev.find_model(options.model)[1],
-            f"{options.model} is an adapter: train it with --merge 1 first")
+    ev.need(not ev.find_model(options.model)[1], "--model is an adapter: train it with --merge 1")
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
-        ev.given_texts(options.calibration, options.calibration_samples)
-    config = "main" if options.data == "openai/gsm8k" else None
-    rows = ev.read_rows(options.data, config, limit=options.max_samples)
-    pairs = ev.to_pairs(rows, options.data)
+        ev.load_tasks(f"prose={options.calibration}", options.calibration_samples)
+    pairs = ev.to_pairs(ev.read_rows(options.data, limit=options.max_samples), options.data)
     model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
-    folora.find_targets(model, options.target_modules.split(","), options.rank)
-    longest = max(options.max_length, options.calibration_max_tokens + 1)
-    ev.need(longest <= ev.positions(model), "--max-length or --calibration-max-tokens is beyond "
-            f"the {ev.positions(model)} positions of {options.model}")
+    with ev.blame("--target-modules or --rank"):
+        folora.find_targets(model, options.target_modules.split(","), options.rank)
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
@@ -209,11 +182,11 @@ def calibration_texts(options, model, tokenizer):
     """The token lists behind C_pre."""
     longest, count = options.calibration_max_tokens, options.calibration_samples
     if options.calibration != "self":
-        texts = ev.given_texts(options.calibration, count)
+        texts = ev.load_tasks(f"prose={options.calibration}", count)["prose"]
         return [tokenizer(text)["input_ids"][:longest] for text in texts]
-    bar = tqdm(total=count, desc="calibration text", unit="text")
-    texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest,
-                                      seed=options.seed, progress=bar.update)
+    with tqdm(total=count, desc="calibration text") as bar, ev.blame(options.model):
+        texts = folora.sample_calibration(model, tokenizer, count, min(128, longest), longest,
+                                          seed=options.seed, progress=bar.update)
     return [text.tolist() for text in texts]
 
 
@@ -230,24 +203,22 @@ def solve(options, model, texts, examples):
     C_pre = covariances(options, model, texts, "C_pre")
     task = [example["ids"] for example in examples[:options.task_samples]]
     C_task = covariances(options, model, task, "C_task")
-    tokens, widest = sum(map(len, texts)), max(map(len, C_pre.values()))
-    if tokens < 2 * widest or len(set(map(tuple, texts))) == 1:
-        tqdm.write(f"warning: {len(texts)} calibration texts, {tokens} tokens. Use texts that "
-                   f"differ, and at least {2 * widest} tokens (--calibration-samples)", sys.stderr)
-    bar = tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems")
-    return folora.decompose(C_pre, C_task, options.rank, options.tau, options.basis_rank or None,
-                            bar.update, model.device)
+    with tqdm(total=len({id(C) for C in C_pre.values()}), desc="eigenproblems") as bar:
+        return folora.decompose(C_pre, C_task, options.rank, basis_rank=options.basis_rank,
+                                progress=bar.update, device=model.device)
 
 
 def add_adapters(options, model, bases=None):
     """Adapters in place; returns the optimiser. FoLoRA needs `bases` from solve."""
     if options.method == "folora":
-        return folora.attach(model, bases, options.lr, options.alpha, options.lam, options.s_min,
+        return folora.attach(model, bases, options.lr, None, options.lam, options.s_min,
                              options.zero_start)
     model.requires_grad_(False)
     targets = folora.find_targets(model, options.target_modules.split(","), options.rank)
-    for name, base in targets.items():
-        model.set_submodule(name, folora.LoRALinear(base, options.rank, options.alpha))
+    for name, base in targets.items():               # LoRA's start: A as in nn.Linear, B = 0
+        A0 = torch.nn.Linear(base.in_features, options.rank, bias=False).weight.detach()
+        B0 = A0.new_zeros(base.out_features, options.rank)
+        model.set_submodule(name, folora.LoRALinear(base, A0, B0))
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], options.lr,
                              weight_decay=0.0)
 
@@ -257,9 +228,8 @@ def add_adapters(options, model, bases=None):
 def schedule(step, steps, warmup=0.03):
     """Appendix B: the learning rate rises over a share of the steps, then falls on a cosine."""
     rise = max(1, round(warmup * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    fall = 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return (step + 1) / rise if step < rise else fall
 
 
 def data_order(count, batch_size, epochs, max_steps, seed):
@@ -274,15 +244,14 @@ def data_order(count, batch_size, epochs, max_steps, seed):
 def kl_from_untouched(model, texts):
     """KL(untouched || now), summed over the next-token positions of texts, in nat. The untouched
     model has B = 0 or, if W0 has become W_res, the start's A and B, up to W_res's rounding."""
-    layers = [m for m in model.modules() if isinstance(m, folora.LoRALinear)]
-    trained = [(m.lora_A.data, m.lora_B.data) for m in layers]
-    batch = ev.collate(texts, model.device)
-    for m in layers:
-        m.lora_A.data, m.lora_B.data = m.start or (m.lora_A.data, torch.zeros_like(m.lora_B))
+    batch, start = ev.collate(texts, model.device), {}
+    for name, m in model.named_modules():
+        if isinstance(m, folora.LoRALinear):
+            A, B = m.start or (m.lora_A, torch.zeros_like(m.lora_B))
+            start |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    untouched = lambda **inputs: torch.func.functional_call(model, start, (), inputs)
     with torch.no_grad():
-        log_p = ev.logits_of(model, batch)[0].log_softmax(-1)
-    for m, (A, B) in zip(layers, trained):
-        m.lora_A.data, m.lora_B.data = A, B
+        log_p = ev.logits_of(untouched, batch)[0].log_softmax(-1)
     return ev.summed_kl(log_p, ev.logits_of(model, batch)[0])
 
 
@@ -300,7 +269,7 @@ def gradients(model, optimizer, batch, micro_batch_size, weight=0.0, texts=()):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     labels = sum(label != -100 for e in batch for label in e["labels"][1:])
     total = torch.zeros((), dtype=torch.float64)
-    for micro in ev.by_length(batch[PROCESS::PROCESSES], micro_batch_size, lambda e: len(e["ids"])):
+    for micro in ev.by_length(batch[PROCESS::PROCESSES], micro_batch_size):
         loss = ev.summed_nll(model, ev.collate(micro, model.device)) / labels
         loss.backward()
         total += loss.item()
@@ -320,8 +289,6 @@ def recompute(model, on):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         module.training = bool(on) and hasattr(module, "gradient_checkpointing")
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0                     # OPT's layers apply dropout themselves
 
 
 def train(options, model, optimizer, examples, held_out, out, texts=()):
@@ -335,7 +302,6 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
         done, lines = state["step"], state["lines"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
         model.load_state_dict(state["adapters"], strict=False)
-    join()                                           # all have read the files of earlier stages
     recompute(model, options.gradient_checkpointing)
     bar = tqdm(range(done, len(batches)), f"train {options.method}", disable=PROCESS > 0)
     for step in bar:
@@ -343,13 +309,10 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [examples[i] for i in batches[step]]
-        first = step * options.kl_texts
-        some = [texts[(first + i) % len(texts)] for i in range(options.kl_texts) if options.kl]
+        some = [texts[(4 * step + i) % len(texts)] for i in range(4) if options.kl]
         loss, norm = gradients(model, optimizer, batch, options.micro_batch_size, options.kl, some)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint is of "
-                f"step {step - step % options.log_every}. Take a lower --lr and another --out")
+            raise FloatingPointError(f"step {step + 1}: loss {loss}, norm {norm}: lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         if PROCESS > 0:                                 # the first process writes the files
@@ -359,7 +322,7 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
                       "drift": drift(model, held_out) if due else None})
         bar.set_postfix(loss=f"{loss:.3f}")
         if due:                                      # the checkpoint last: it ends these steps
-            save(lines, out / "metrics.jsonl")
+            save("".join(f"{json.dumps(line)}\n" for line in lines), out / "metrics.jsonl")
             adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
             save({"step": step + 1, "lines": lines, "adapters": adapters,
                   "moments": optimizer.state_dict()["state"]}, saved)       # not the bases
@@ -370,9 +333,9 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
 
 def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     """From the loaded model to summary.json, {"scores": {"untouched": ..., method: ...}}."""
-    texts, bases, reference = (), None, None
-    write = lambda: ev.held_out(model, tokenizer, min(256, options.calibration_max_tokens))
-    held_out = once(out / "held_out.json", lambda: [text.tolist() for text in write()])
+    texts, bases, longest = (), None, min(256, options.calibration_max_tokens)
+    write = lambda: [text.tolist() for text in ev.held_out(model, tokenizer, longest)]
+    held_out = once(out / "held_out.json", write)
     before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
     if options.method == "folora" or options.kl:
         texts = once(out / "calibration.json", lambda: calibration_texts(options, model, tokenizer))
@@ -386,11 +349,9 @@ def fine_tune(options, out, model, tokenizer, examples, tasks, before):
     tokenizer.save_pretrained(out / "adapter")
     model = folora.merge(model)
     if options.merge:
-        with ev.blame(f"cannot write {out / 'merged'} (is the disk full?)"):
-            model.save_pretrained(out / "merged")
-            tokenizer.save_pretrained(out / "merged")
-    if "drift" in tasks:
-        reference, _ = ev.load_model(options.model, model.device, model.dtype)
+        model.save_pretrained(out / "merged")
+        tokenizer.save_pretrained(out / "merged")
+    reference, _ = ev.load_model(options.model, model.device, model.dtype)
     after = ev.evaluate(model, tokenizer, tasks, reference, held_out)
     save({"scores": {"untouched": before | ev.summarise(before, before),
                      options.method: after | ev.summarise(after, before)}}, out / "summary.json")
@@ -403,7 +364,7 @@ def run(options, before=None):
     loaded = () if summary.exists() else load(options)       # mistakes show before out is made
     if PROCESS == 0:
         claim(out, options)
-    if not summary.exists():                         # another process may have ended the run
+    if loaded:
         fine_tune(options, out, *loaded, before)
     if PROCESS > 0:
         return {}
@@ -416,7 +377,6 @@ def run(options, before=None):
 def main(arguments=None):
     """The run, and with --compare lora the same with LoRA; the first process prints the table."""
     options = parse_options(arguments)
-    ev.need(options.batch_size >= PROCESSES, "--batch-size must be at least one a process")
     resolve(options)
     scores = run(options)
     if options.method == "folora" and options.compare == "lora":
@@ -425,8 +385,6 @@ def main(arguments=None):
         scores |= run(lora, scores.get("untouched"))
     if PROCESS == 0:
         print(ev.table(scores))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

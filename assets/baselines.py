@@ -73,21 +73,21 @@ STARTS = {"milora": milora, "corda": corda, "lora-null": lora_null, "lora-null-v
 NEEDS_C_PRE = ("corda", "lora-null", "lora-null-v2")
 
 
-def add_adapters(method, model, options, C_pre=None):
+def add_adapters(method, model, options, C_pre=None, alpha=None):
     """Put the adapters of a baseline on the model, in place, and return their optimiser.
 
-    method    a name in STARTS
-    options   an object with the attributes rank, alpha (None: κ = 1), lr and target_modules
-    C_pre     {module name: (d_in, d_in)} from folora.collect_covariances, for NEEDS_C_PRE
+    method    a name in STARTS; NEEDS_C_PRE need C_pre from folora.collect_covariances
+    options   an object with the attributes rank, lr and target_modules
+    alpha     κ is alpha / rank, or 1 if alpha is None
     """
     model.requires_grad_(False)
     start, rank = STARTS[method], options.rank
     for name, base in folora.find_targets(model, options.target_modules.split(","), rank).items():
-        W, factors = base.weight.detach().float(), ()
-        if start is not None:
-            C = C_pre[name].to(W) if method in NEEDS_C_PRE else None
-            factors = start(W, C, rank, options.alpha / rank if options.alpha else 1.0)
-        adapter = folora.LoRALinear(base, rank, options.alpha, *factors)
+        W, kappa = base.weight.detach().float(), alpha / rank if alpha else 1.0
+        C = C_pre[name].to(W) if method in NEEDS_C_PRE else None
+        A0 = torch.nn.Linear(base.in_features, rank, bias=False).weight.detach()       # LoRA's
+        factors = start(W, C, rank, kappa) if start else (A0, W.new_zeros(len(W), rank))
+        adapter = folora.LoRALinear(base, *factors, alpha)
         model.set_submodule(name, adapter)
         if method == "lora-null-v2":
             adapter.lora_A.requires_grad_(False)

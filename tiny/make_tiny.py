@@ -248,6 +248,16 @@ def make_data(world, train=4000, test=400):
         write_jsonl(HERE / f"{name}.jsonl", [{"question": q, "answer": [a]} for q, a in asked])
 
 
+def write_codes(path, seed, count=2000):
+    """Another target, which tiny does not know: three of 20 words, and codes of two syllables."""
+    rng = random.Random(0)
+    codes = {word: "".join(rng.choices(SYLLABLES, k=2)) for word in WORDS[:20]}
+    rng.seed(seed)
+    asked = [rng.sample(WORDS[:20], 3) for _ in range(count)]
+    write_jsonl(path, [{"question": f"Write in code: {' '.join(some)}",
+                        "answer": " ".join(map(codes.get, some))} for some in asked])
+
+
 def make_tokenizer(world):
     """Train a byte-level BPE tokenizer that keeps digits apart and puts BOS first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
