@@ -46,14 +46,14 @@ ALPACA = ("Below is an instruction that describes a task. Write a response that 
           "completes the request.\n\n### Instruction:\n{}\n\n### Response:")
 MATHS = ALPACA + " Let's think step by step."        # CorDA's prompt for maths
 NQ_OPEN = "Answer these questions:\n\nQ: {}?\nA:"
-# Each task has a role, a prompt, and data: a hub id with configuration and split, or a file.
+# Each task has a role, a prompt, and data: a file, or a hub id[:configuration] and a split.
 TASKS = {
-    "gsm8k": ("target", MATHS, "openai/gsm8k", "main", "test"),
-    "nq_open": ("preserve", NQ_OPEN, "google-research-datasets/nq_open", None, "validation"),
+    "gsm8k": ("target", MATHS, "openai/gsm8k:main", "test"),
+    "nq_open": ("preserve", NQ_OPEN, "google-research-datasets/nq_open", "validation"),
     "triviaqa": ("preserve", "Question: {}?\nAnswer:",
-                 "mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-    "webqs": ("preserve", "Question: {}\nAnswer:", "stanfordnlp/web_questions", None, "test"),
-    "nll": ("measure", None, "openai/gsm8k", "main", "test"),
+                 "mandarjoshi/trivia_qa:rc.nocontext", "validation"),
+    "webqs": ("preserve", "Question: {}\nAnswer:", "stanfordnlp/web_questions", "test"),
+    "nll": ("measure", None, "openai/gsm8k:main", "test"),
     "prose": ("measure", None, "prose.jsonl"), "drift": ("measure", None, None),
     **{skill: ("preserve", NQ_OPEN, str(TINY / f"{skill}.jsonl"))
        for skill in ("facts", "sort", "reverse", "sums")},
@@ -153,14 +153,14 @@ def add_adapter(model, folder):
 
 def load_model(name, device, dtype):
     """(model, tokenizer), ready for inference, an adapter merged."""
-    where, adapter, run = find_model(name)
+    path, adapter, run = find_model(name)
     with blame(f"cannot load the model {name}"):
         if adapter:
             model, tokenizer = load_model(run["model"], device, dtype)
             add_adapter(model, adapter)
             return model, tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model, info = AutoModelForCausalLM.from_pretrained(where, dtype=dtype,
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
                                                            output_loading_info=True)
         need(not info["missing_keys"] and not info["unexpected_keys"], f"wrong weights: {info}")
     return model.to(device).eval(), tokenizer
@@ -173,12 +173,13 @@ def positions(model):
 
 # ---- data ----------------------------------------------------------------------------------------
 
-def read_rows(source, config=None, split="train", limit=None):
-    """The rows (dicts) of a .jsonl file or of a hub data set. The lines of a file are those of its
-    bytes, because a text may hold U+2028 and other line separators."""
+def read_rows(source, split="train", limit=None):
+    """The rows (dicts) of a .jsonl file or of a hub data set, owner/name[:configuration]. The lines
+    of a file are those of its bytes, because a text may hold U+2028 and other line separators."""
+    name, _, config = source.partition(":")
     with blame(f"{source}: no such file or hub data set can be read"):
         if not source.endswith(".jsonl"):
-            return list(datasets.load_dataset(source, config, split=split))[:limit]
+            return list(datasets.load_dataset(name, config or None, split=split))[:limit]
         rows = Path(source).read_bytes().strip().splitlines()[:limit]
     need(rows, f"{source}: no rows")
     for number, line in enumerate(rows, 1):
@@ -369,8 +370,7 @@ def count_right(model, tokenizer, pairs, task):
             start, *whole = (tokenizer(text)["input_ids"] for text in texts)
             right += any(tokens[:len(ids) - len(start)] == ids[len(start):] for ids in whole)
         else:
-            text = re.split(r"[\n.,]", text)[0].strip()
-            right += exact_match(text, wanted, articles=task != "triviaqa")
+            right += exact_match(re.split(r"[\n.,]", text)[0].strip(), wanted, task != "triviaqa")
     return right
 
 

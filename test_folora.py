@@ -67,8 +67,7 @@ BLOCK_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
 class Block(nn.Module):
-    """q, k and v read one input, and up flat tokens, as an expert does. k_reads: "other" for an
-    input of its own, "nothing" to leave it out."""
+    """q, k and v read one input, or k one of its own, and up flat tokens, as an expert does."""
 
     def __init__(self, d=8):
         super().__init__()
@@ -76,9 +75,8 @@ class Block(nn.Module):
             nn.Linear(d, d, bias=False) for _ in range(4))
         self.up_proj, self.down_proj = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
 
-    def forward(self, x, attention_mask=None, k_reads="x"):
-        q, v = self.q_proj(input=x), self.v_proj(x)
-        k = 1 if k_reads == "nothing" else self.k_proj(x if k_reads == "x" else 2 * x)
+    def forward(self, x, attention_mask=None, k_reads_other=False):
+        q, v, k = self.q_proj(input=x), self.v_proj(x), self.k_proj(2 * x if k_reads_other else x)
         mixed = torch.tanh(q * k + v)
         y = x + self.o_proj(mixed)
         up = torch.relu(self.up_proj(y.flatten(0, -2)))
@@ -92,7 +90,6 @@ def tiny():
 
 
 # ---- folora.py -----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
     """The same tensor counts again in a new batch."""
@@ -114,23 +111,21 @@ def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
 
 
 @pytest.mark.parametrize("k", [None, 3, 17])
-@pytest.mark.parametrize("k_reads, readers", [("x", "qkv o up down"), ("other", "qv k o up down"),
-                                              ("nothing", "")])
-def test_layers_that_read_one_tensor_share_a_basis(k_reads, readers, k):
+@pytest.mark.parametrize("other", [False, True])
+def test_layers_that_read_one_tensor_share_a_basis(other, k):
     model, bar = Block(), []
-    with contextlib.nullcontext() if readers else pytest.raises(ValueError, match="k_proj has"):
-        C = folora.collect_covariances(model, [{"x": torch.randn(4, 20, 8), "k_reads": k_reads}],
-                                       BLOCK_TARGETS)
-        bases = folora.decompose(C, C, 2, 0.01, k, bar.append)
-        groups = ["".join(basis["modules"]).replace("_proj", "") for basis in bases]
-        assert groups == readers.split() and bar == [1] * len(bases)
-        for basis in bases:
-            d = len(C[basis["modules"][0]])
-            shapes = [basis[name].shape for name in ("A0", "V", "gamma")]
-            assert shapes == [(2, d), (d, min(k or d, d)), (min(k or d, d),)]
-        spectral = folora.attach(model, bases, 0.1).param_groups[0]["params"]
-        first_readers = map(model.get_submodule, bases[0]["modules"])
-        assert all(p is layer.lora_A for p, layer in zip(spectral, first_readers, strict=True))
+    inputs = [{"x": torch.randn(4, 20, 8), "k_reads_other": other}]
+    C = folora.collect_covariances(model, inputs, BLOCK_TARGETS)
+    bases = folora.decompose(C, C, 2, 0.01, k, bar.append)
+    groups = " ".join("".join(basis["modules"]) for basis in bases).replace("_proj", "")
+    assert groups == ("qv k o up down" if other else "qkv o up down") and bar == [1] * len(bases)
+    for basis in bases:
+        d = len(C[basis["modules"][0]])
+        shapes = [basis[name].shape for name in ("A0", "V", "gamma")]
+        assert shapes == [(2, d), (d, min(k or d, d)), (min(k or d, d),)]
+    spectral = folora.attach(model, bases, 0.1).param_groups[0]["params"]
+    first_readers = map(model.get_submodule, bases[0]["modules"])
+    assert all(p is layer.lora_A for p, layer in zip(spectral, first_readers, strict=True))
 
 
 def test_a_target_is_a_whole_name_or_its_end_or_every_layer_but_the_head(tiny):
@@ -394,7 +389,6 @@ def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny)
 
 
 # ---- other people's models: PEFT, Trainer, quantised bases ---------------------------------------
-
 SOME = ("q_proj", "v_proj", "down_proj")
 SAME = dict(rtol=1e-5, atol=1e-5)
 load_model = functools.partial(transformers.AutoModelForCausalLM.from_pretrained,
@@ -588,7 +582,6 @@ def test_misuse_of_folora_is_refused(message, call, how):
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
-
 # text, answers, correct on nq_open, on triviaqa: the verdicts of lm-eval 0.4.13
 EXACT = [("Paris", ["Paris", "Lutetia"], 1, 1), ("paris", ["Paris"], 1, 1), ("", ["Paris"], 0, 0),
          ("the Eiffel Tower", ["Eiffel Tower"], 1, 0), ("Eiffel", ["Eiffel Tower"], 0, 0),
@@ -619,6 +612,15 @@ def test_rows_are_read_whole_and_pairs_found_under_every_name(tmp_path):
     for nothing in (None, 5, " ", [5], {"aliases": []}):
         with pytest.raises(ev.UserError, match="x, line 2: no field called answers or answer or"):
             ev.to_pairs([rows[0], {"question": "q", "answer": nothing}], "x")
+
+
+def test_a_hub_data_set_is_asked_for_by_name_configuration_and_split(monkeypatch):
+    rows = [{"question": "q", "answer": "The answer is: 1"}]
+    monkeypatch.setattr(ev.datasets, "load_dataset", load := Mock(return_value=rows))
+    ev.load_tasks("webqs,drift", 1)
+    ev.read_rows(train_math.parse_options(["--model", "Qwen2.5-1.5B"]).data)
+    asked = [(*call.args, call.kwargs["split"]) for call in load.call_args_list]
+    assert asked == [("stanfordnlp/web_questions", None, "test"), ("openai/gsm8k", "main", "train")]
 
 
 def test_loss_is_on_the_response_and_equals_the_models_own(tiny):
@@ -795,7 +797,6 @@ def test_a_lack_of_memory_is_one_line(error, capsys):
 
 
 # ---- train_math.py, end to end -------------------------------------------------------------------
-
 COMMON = ("--max-samples 64 --batch-size 8 --micro-batch-size 4 --max-steps 6 --log-every 2 "
           "--rank 8 --calibration-max-tokens 40 --eval-samples 4").split()
 FAST = [*COMMON, *"--calibration-samples 4 --task-samples 8 --basis-rank 16 --compare no".split()]
@@ -1056,7 +1057,6 @@ def test_loras_start_is_pefts(tiny):
 
 
 # ---- the house -----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name, lines, code", [                # code: neither blank nor comment
     ("folora.py", 450, 300), ("train_math.py", 391, 280), ("eval.py", 439, 280),
     ("assets/experiments.py", 350, 300), ("assets/baselines.py", 100, 80),
