@@ -1,31 +1,30 @@
 """FoLoRA: LoRA fine-tuning that forgets little (arXiv 2606.00132). One file, torch >= 2.6 alone.
+Not included: Appendix D, weight decay, fused experts, offloading, FSDP, DeepSpeed, MPS, GradScaler.
 
-LoRA adds a trainable product B A to a frozen linear layer W0. FoLoRA lets A move only along input
+LoRA adds a trainable product B A to a frozen linear layer W0. FoLoRA lets A move mainly along input
 directions that the task uses much and the model's pretraining text uses little. With the layer's
-input covariances C_pre and C_task on these two texts, and H = C_pre + τ I, an update ΔA has
+uncentred input covariances C_pre and C_task on these texts, and H = C_pre + τ I, an update ΔA has
 
     forgetting   R(ΔA) = tr(ΔA H ΔAᵀ)         how much it moves A's output on pretraining text
     utility      U(ΔA) = tr(ΔA C_task ΔAᵀ)    how much it moves A's output on the task
-    step         ΔA = -lr · Adam(G V) · diag(s) · Vᵀ          where G is the gradient of A
+    step         ΔA = -lr · Adam(G V) · diag(s) · Vᵀ          where G is the loss's gradient for A
 
 A column v of V solves C_task v = γ H v, so γ = U/R is the utility of v per unit of forgetting. The
-gate s = γ / (γ + λ) is near 1 for useful directions and near 0 for harmful ones. The pretraining
+gate s = γ / (γ + λ) is near 1 for useful directions and near 0 for the others. The pretraining
 text is sampled from the model itself. A starts in the directions where that text has least energy.
 
     texts = folora.sample_calibration(model, tokenizer, 128)        # what must not be forgotten
     pretrain = [{"input_ids": text[None]} for text in texts]        # batches for model(**batch)
     optimizer = folora.prepare(model, pretrain, task_batches, lr=3e-3, rank=32)
-    folora.save_adapter(model, "adapter")       # after any training loop; for PEFT; or merge(model)
+    folora.save_adapter(model, "adapter")       # after training; PEFT can load it. Or merge(model)
 
     paper             shape                   in code           meaning
     W0 or W_res       (d_out, d_in)           weight            frozen; W_res = W0 - κ B0 A0
     A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B    W = W_res + κ B A; κ is `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ, mean eigenvalue 1
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ, scaled by decompose
     τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L         the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
-
-Not included: Appendix D, weight decay, fused experts, offloading, FSDP, MPS, scaling for float16.
 """
 import ctypes
 import itertools
@@ -53,15 +52,15 @@ def _adapters(layer):
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     """The layers to adapt, {full name: module}: PEFT's if it has wrapped the model, else each
-    nn.Linear whose name ends so (Appendix B: a block's seven projections), or "all-linear" but the
-    output head. ValueError: they cannot be adapted, or not with this rank."""
+    nn.Linear whose name ends in one of target_modules (Appendix B: a block's seven projections).
+    "all-linear" is all but the output head. ValueError: one cannot be adapted with this rank."""
     wrapped = {name: m for name, m in model.named_modules() if _adapters(m)}
     for name, module in wrapped.items():
         (A, B, _), *more = _adapters(module)
         odd = more or A.ndim != 2 or len(A) > A.shape[1] or hasattr(module, "parameter_name")
         if odd or B.any() or not A.requires_grad:
-            raise ValueError(f"{name} must have one linear, trainable adapter with B = 0: set "
-                             "PEFT's init_lora_weights=True, or merge an adapter that is trained")
+            raise ValueError(f"{name} needs one linear, trainable adapter, B = 0, rank <= width: "
+                             "set PEFT's init_lora_weights=True, or merge a trained adapter")
     if wrapped:
         return wrapped
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -107,7 +106,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     """C_pre or C_task, depending on the text: {module name: (d_in, d_in) float32 on the CPU}, the
     mean of x xᵀ (the paper has the sum) over all tokens that a module reads. Modules that read one
     tensor (q, k, v; gate, up) get one covariance. `batches` are dicts for model(**batch). Tokens
-    whose attention_mask is 0 do not count. (Do not pad for experts or encoder-decoders.)"""
+    whose attention_mask is 0 do not count. Do not pad if the mask does not fit (experts)."""
     targets, device = find_targets(model, target_modules), next(model.parameters()).device
     sums, tokens, first_reader = defaultdict(float), Counter(), {}
     last_input = last_module = mask = None
@@ -122,7 +121,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             sums[module] += rows.mT @ rows                      # C += X Xᵀ, where X = rowsᵀ
             tokens[module] += len(rows)
         first_reader[module] = last_module
-    with plain_mode(model), ExitStack() as hooks:
+    with plain_mode(model), torch.autocast(device.type, enabled=False), ExitStack() as hooks:
         for module in targets.values():
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in batches:
@@ -132,7 +131,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
     for name, module in targets.items():
         if not tokens[first_reader.get(module)] or not means[first_reader[module]].isfinite().all():
-            raise ValueError(f"{name} has read no token, or numbers that are not finite")
+            raise ValueError(f"{name} has read no token (leave it out?), or numbers not finite")
     return {name: means[first_reader[module]] for name, module in targets.items()}
 
 
@@ -146,8 +145,8 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 # every coordinate by about lr, so without the gate every direction would cost the same forgetting,
 # whatever its use. All functions here take one matrix or a stack of them, (..., d, d).
 def _top_eigenvectors(apply, like, k, steps=8, extra=32):
-    """The k largest eigenvalues (..., k) and eigenvectors (..., d, k) of M = Mᵀ, shaped as `like`,
-    where apply(Q) = M Q. Block iteration: multiply by M and make orthonormal, `steps` times."""
+    """The k largest eigenvalues (..., k) and eigenvectors (..., d, k) of a semidefinite M, shaped
+    as `like`, where apply(Q) = M Q: `steps` times, multiply by M and make orthonormal."""
     n, generator = min(k + extra, like.shape[-1]), torch.Generator().manual_seed(0)
     Q = torch.randn(*like.shape[:-1], n, generator=generator, device="cpu").to(like)
     for _ in range(steps):
@@ -158,12 +157,12 @@ def _top_eigenvectors(apply, like, k, steps=8, extra=32):
 
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     """Solve C_task v = γ H v with H = C_pre + τ I, for symmetric semidefinite (..., d, d): the k
-    (None: all) largest gamma (..., k), each to a few per cent, and V (..., d, k) with Vᵀ H V = I
-    and Vᵀ C_task V = Γ. The paper has the symmetric root of H. Any L with L Lᵀ = H gives the same V
-    up to signs, which Adam ignores, and to rotations inside a repeated γ."""
+    largest gamma (..., k), to a few per cent (None: all, exactly), and V (..., d, k) with
+    Vᵀ H V = I and Vᵀ C_task V = Γ. The paper has H's symmetric root. Any L with L Lᵀ = H gives the
+    same V up to signs, which do not change SAdam's step, and to rotations inside a repeated γ."""
     C, eye = C_task.double(), torch.eye(C_task.shape[-1]).to(C_task.device)
     L, solve = torch.linalg.cholesky(C_pre.double() + tau * eye), torch.linalg.solve_triangular
-    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. Float32 is off by cond(H) · 1e-7.
+    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. Float32 errs by cond(H) · 1e-7.
     M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
     if k and k < len(eye):
         gamma, R = _top_eigenvectors(M_times, C, k)
@@ -187,8 +186,8 @@ def spectral_gate(gamma, lam, s_min):
 class SAdam(torch.optim.Optimizer):
     """Adam with a spectral gate for A, and plain Adam for all else. The matrices A (r, d_in) of a
     group with a "basis" (d_in, k) and a "gate" (k,) move in the basis' span only, with moments
-    (r, k). Other groups get torch.optim.Adam's numbers. A group's "scale" multiplies its steps.
-    state_dict holds the bases, since bases that are computed again may differ in signs."""
+    (r, k). Other groups get torch.optim.Adam's numbers, times the group's "scale". state_dict holds
+    bases and gates, since bases that are computed again may differ in signs."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, scale=1, basis=None, gate=None))
@@ -196,11 +195,10 @@ class SAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         shape = lambda group: getattr(group.get("basis"), "shape", None)
         if [*map(shape, self.param_groups)] != [*map(shape, state_dict["param_groups"])]:
-            raise ValueError("the saved optimiser has bases of other shapes than this one")
+            raise ValueError("the saved optimiser has other bases: prepare with the same arguments")
         super().load_state_dict(state_dict)
         for group in filter(shape, self.param_groups):          # torch moves moments, not bases
-            for key in ("basis", "gate"):
-                group[key] = group[key].to(group["params"][0].device)
+            group |= {k: group[k].to(group["params"][0].device) for k in ("basis", "gate")}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -216,7 +214,7 @@ class SAdam(torch.optim.Optimizer):
         V, (beta1, beta2) = basis, betas
         if V is not None:
             if p.element_size() < 4:                            # its steps would be rounded away
-                raise ValueError(f"A was cast to {p.dtype}, as TRL does: cast back, p.data.float()")
+                raise ValueError(f"cast to {p.dtype}, as TRL does: p.data = p.data.float() for all")
             G = (G.to(V.dtype) @ V).to(p.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
@@ -242,8 +240,8 @@ def _refuse_others(optimizer, *_):
 
 # ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
 def null_space(C, rank):
-    """A0 = U_perpᵀ (..., rank, d), the eigenvectors of C (..., d, d) with the smallest eigenvalues.
-    With it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
+    """A0 = U_perpᵀ (..., rank, d), nearly C's eigenvectors (..., d, d) of smallest eigenvalue. With
+    it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
     trace = C.double().diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
     # The ridge is above the rounding errors of a float32 C, which can make it slightly indefinite.
     L = torch.linalg.cholesky(C / trace + 1e-7 * torch.eye(C.shape[-1]).to(C.device))
@@ -254,7 +252,7 @@ def null_space(C, rank):
 class LoRALinear(nn.Linear):
     """A frozen nn.Linear plus a trainable term, y = W_res x + κ B A x, from A0 (r, d_in) and B0
     (d_out, r; None: B.3's κ⁻¹ W0 A0ᵀ). κ is alpha / r, or 1 without alpha. It starts as W0, up to
-    rounding. A and B are float32. from_pretrained ignores them: save_adapter or merge first."""
+    rounding. A and B are float32. from_pretrained would ignore them: use save_adapter or merge."""
 
     def __init__(self, linear, A0, B0=None, alpha=None):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -306,19 +304,18 @@ def _row_length(layer):
 def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
     """Put an adapter on every layer of `bases`, freeze all else, and return SAdam. PEFT's adapters
     start anew, and what else is trainable in its model gets plain Adam at a tenth of lr."""
-    wrapped, spectral, plain = hasattr(model, "peft_config"), [], []
-    if not wrapped:
-        model.requires_grad_(False)
+    is_peft, spectral, plain = hasattr(model, "peft_config"), [], []
+    is_peft or model.requires_grad_(False)
     for basis in bases:
         A0, As = basis["A0"], []
         for name in basis["modules"]:
             layer = model.get_submodule(name)
-            if not wrapped:
+            if not is_peft:
                 B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
                 layer = LoRALinear(layer, A0, B0, alpha)
                 model.set_submodule(name, layer)
             (A, B, kappa), = _adapters(layer)
-            if wrapped:                                         # each layer may have its own rank
+            if is_peft:                                         # each layer may have its own rank
                 A.data = A0[:len(A)].to(A.device, copy=True)
                 B.data = torch.zeros_like(B, dtype=A0.dtype)
             # B's first step from 0 makes κ B's rows about lr times as long as W0's, so that one lr
@@ -338,17 +335,18 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
             s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=128):
-    """FoLoRA in one call: adapt `model` in place, freeze the rest, return the optimiser for it. A
-    model from PEFT's get_peft_model keeps its own rank, alpha, targets and trainable parameters.
+    """FoLoRA in one call: adapt `model`, cast and moved before, in place, freeze the rest, return
+    its optimiser. PEFT's models keep their own rank, alpha, targets and trainable parameters.
 
     pretrain_batches   dicts for model(**batch), of text that must not be forgotten
     task_batches       the same of the target task; 256 examples in the paper
-    rank, alpha, tau   of the adapters; κ = alpha / rank (None: 1); τ in mean eigenvalues of C_pre
+    lr, tau            A's rate (B's is scaled to W0); the ridge, in mean eigenvalues of C_pre
+    rank, alpha        of the adapters; κ = alpha / rank (None: 1)
     lam, s_min         the γ at which the gate is one half, and the gate's floor (paper: 0.3)
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
-    basis_rank         k, the directions in which A may move (None: all): more learn, forget more"""
-    if not (lr > 0 and tau > 0 and lam > 0 and 0 <= s_min <= 1):
-        raise ValueError(f"not lr, tau, lam > 0 and s_min in [0, 1]: {lr}, {tau}, {lam}, {s_min}")
+    basis_rank         k, the directions for A (None: all); a larger k learns and forgets more"""
+    if not (lr > 0 and tau > 0 and lam > 0 and 0 <= s_min <= 1 and (basis_rank or 0) >= 0):
+        raise ValueError(f"out of range: {lr = }, {tau = }, {lam = }, {s_min = }, {basis_rank = }")
     targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
     if hasattr(model, "peft_config"):
         rank = max(len(A) for layer in targets.values() for A, _, _ in _adapters(layer))
@@ -357,12 +355,14 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     C_pre, C_task = (collect_covariances(model, batches, target_modules)
                      for batches in (pretrain_batches, task_batches))
     bases = decompose(C_pre, C_task, rank, tau, basis_rank, None, next(model.parameters()).device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(bases)          # two solvers may differ in signs
     return attach(model, bases, lr, alpha, lam, s_min, zero_start)
 
 
 @torch.no_grad()
 def merge(model):
-    """Put an nn.Linear with W = W_res + κ B A in place of every LoRALinear; returns the model."""
+    """Put an nn.Linear, W = W_res + κ B A, in place of each LoRALinear. PEFT: merge_and_unload."""
     for name, layer in [item for item in model.named_modules() if isinstance(item[1], LoRALinear)]:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
@@ -382,10 +382,10 @@ def save_adapter(model, directory):
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
     header, data = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, layer in layers.items():
-        A, B = layer.lora_A, layer.lora_B
-        A0, B0 = layer.start or (A[:0], B[:, :0])
+        A, B = layer.lora_A.float().cpu(), layer.lora_B.float().cpu()
+        A0, B0 = (t.cpu() for t in layer.start or (A[:0], B[:, :0]))
         for factor, t in ("lora_A", torch.cat([A, A0])), ("lora_B", torch.cat([B, -B0], dim=1)):
-            values, begin = t.cpu().contiguous(), len(data)
+            values, begin = t.contiguous(), len(data)
             data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
             header[f"base_model.model.{name}.{factor}.weight"] = {
                 "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
@@ -418,8 +418,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                        batch_size=64, seed=0, progress=None):
     """Sample pretraining text from the model (Eq. 27) by B.4's protocol: ancestral sampling from
     BOS, a decoding drawn from a mixture, degenerate text and duplicates rejected. The LongTensors
-    begin with BOS (Qwen, which has none: EOS) and depend on seed, batch_size, device and dtype.
-    `progress` is called with 1 for each. RuntimeError: too much is rejected."""
+    begin with BOS (the tokenizer's, else the configuration's, else EOS) and depend on the seed,
+    batch_size, device and dtype. `progress` is called with 1 for each."""
     config, device = model.generation_config, model.device
     eos = config.eos_token_id or tokenizer.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]               # a chat model may have several

@@ -98,13 +98,15 @@ def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
     batches, tokens = [padded, {"x": few}, {"x": few}], {name: [] for name in BLOCK_TARGETS}
-    ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
+    with torch.autocast("cpu"):                      # it would make all of them bfloat16
+        ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
     for batch in batches:
         model(**batch)
         real = batch.get("attention_mask", torch.ones(2, 4)).bool().flatten()
         for name, x in model.inputs.items():
             tokens[name] += x.detach().double().flatten(0, -2)[real]
-    assert tuple(ours) == BLOCK_TARGETS
+    alone = folora.collect_covariances(model, batches, "q_proj")             # no other layer reads
+    assert tuple(ours) == BLOCK_TARGETS and torch.equal(alone["q_proj"], ours["q_proj"])
     for name, C in ours.items():
         literal = sum(torch.outer(x, x) for x in tokens[name]) / len(tokens[name])
         close(C, literal.float(), rtol=1e-5, atol=1e-6)
@@ -247,7 +249,7 @@ def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spe
     for unfit in (dict(basis=None, gate=None), dict(basis=torch.ones(6, 2))):
         state = second.state_dict()
         state["param_groups"][0].update(unfit)
-        with pytest.raises(ValueError, match="bases of other shapes"):
+        with pytest.raises(ValueError, match="has other bases: prepare with the same"):
             second.load_state_dict(state)
     assert torch.equal(take_steps(second, p, gradients[2:]), straight)
 
@@ -311,8 +313,7 @@ def test_adapters_are_float32_bases_may_be_bfloat16_and_merge_rounds_once(dtype,
     (15, 128, 0, 1), (16, 128, 0, 0), (23, 200, 0, 1), (24, 200, 0, 0), (60, 255, 0, 0),
     (63, 256, 0, 1), (64, 256, 0, 0), (63, 259, 0, 1), (64, 259, 0, 0)])
 def test_screen_rejects_degenerate_text_and_nothing_just_short_of_it(distinct, n, equal, rejected):
-    """n tokens that go round so many distinct ones, and then so many equal ones. The limits are 24
-    of 200 tokens, 0.12, and 64 of 256 4-grams, 0.25."""
+    """n tokens that go round so many distinct ones, and then so many equal ones."""
     assert folora.is_degenerate([i % distinct for i in range(n)] + [777] * equal) == rejected
 
 
@@ -366,7 +367,7 @@ def test_sampling_replaces_rejects_and_duplicates_until_there_are_too_many():
     assert sorted(texts) == [[6] + good(k) for k in (10, 70, 130, 190)]
     assert model.calls[0]["eos_token_id"] == [2, 8] == model.generation_config.eos_token_id
     queue[:] = good(10), good(70)
-    with pytest.raises(RuntimeError, match="texts rejected, 2 accepted"):
+    with pytest.raises(RuntimeError, match="91 texts rejected, 2 accepted"):
         sample(model, 100)
     assert model.training
 
@@ -510,7 +511,7 @@ def test_a_quantised_base_is_trained_through_peft(package, how, trajectory):
     close(descend(theirs, optimizer, batches), expected, rtol=0.05, atol=0)
     theirs.bfloat16()                                    # as TRL does with a quantised base
     theirs(**batches[0]).loss.backward()
-    with pytest.raises(ValueError, match="cast to torch.bfloat16.*cast back"):
+    with pytest.raises(ValueError, match="cast to torch.bfloat16.*p.data.float"):
         optimizer.step()
 
 
@@ -554,17 +555,17 @@ REFUSED = [                                  # (message, call, options that are 
     ("no nn.Linear is called all-linear", folora.find_targets,
      dict(model=nn.Embedding(9, 8), target_modules="all-linear")),
     ("q_proj is quantised .* or shares its weight", prepare, dict(model=TIED)),
-    ("q_proj has read no token, or numbers that", collect, dict(batches=[]), dict(
+    ("q_proj has read no token .*, or numbers not", collect, dict(batches=[]), dict(
         batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}]),
      dict(batches=[{"x": nan * torch.ones(1, 2, 8)}])),
     ("input is not positive-definite", partial(folora.generalized_eigenbasis, I3, tau=0.1),
      dict(C_pre=-I3), dict(C_pre=nan * I3)),
-    ("not lr, tau, lam > 0 and s_min in", prepare, dict(lr=-1), dict(lr=nan), dict(tau=0),
-     dict(lam=0), dict(lam=nan), dict(s_min=1.1), dict(s_min=-0.1)),
+    ("out of range: lr = ", prepare, dict(lr=-1), dict(lr=nan), dict(tau=0), dict(lam=0),
+     dict(lam=nan), dict(s_min=1.1), dict(s_min=-0.1), dict(basis_rank=-1)),
     ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
      dict(model=Block())),
     ("zero_start=True: the paper's start", prepare, dict(model=PEFTS, zero_start=False)),
-    ("must have one linear, trainable adapter with B = 0", folora.find_targets,
+    ("needs one linear, trainable adapter, B = 0, rank", folora.find_targets,
      dict(model=ADAPTED), dict(model=TWO), *(dict(model=wrapped(Block(), **wrong)) for wrong in (
          dict(r=9), dict(init_lora_weights="pissa"), dict(init_lora_weights=False),
          dict(inference_mode=True), dict(target_modules=[], target_parameters=["q_proj.weight"])))),

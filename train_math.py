@@ -41,7 +41,7 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=20
             calibration_max_tokens=224, eval_samples=200, compare="lora")
 # --lr for any model, and for tiny.
 LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
-RESUME_MAY_CHANGE = {"out", "micro_batch_size", "gradient_checkpointing", "compare"}
+RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.pt".split()
 
 
@@ -70,7 +70,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--lam", POSITIVE, None, "lambda, the gamma of gate 1/2: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
     ("--basis-rank", NATURAL, None, "directions in which A may move, 0: all [ours]"),
-    ("--zero-start", SWITCH, None, "1: B starts at 0; 0: at the paper's residual [ours]"),
+    ("--zero-start", SWITCH, None, "1: B starts at 0; 0: at the paper's W0 A0ᵀ [ours]"),
     ("--kl", RATE, 0.0, "weight of KL(untouched || now) on 4 calibration texts a step [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps instead of --epochs [ours]"),
