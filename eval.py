@@ -142,13 +142,14 @@ def add_adapter(model, folder):
     """Add a PEFT adapter's κ B A to the weights: in float32, and rounded once."""
     config = json.loads((folder / "adapter_config.json").read_text())
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
-    odd = [key for key in ("use_rslora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    odd = re.findall("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
     odd += [key for key in weights if not re.search("lora_[AB].weight$", key)]
-    need(not odd and config.get("init_lora_weights", True) is True, f"merge it with PEFT: {odd}")
+    odd += [key for key in ("alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    need(not odd, f"not plain LoRA, merge it with PEFT: {odd}")
     for key in [key for key in weights if "lora_A" in key]:
         A, B = (weights[key.replace("lora_A", side)].float() for side in ("lora_A", "lora_B"))
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        model.get_submodule(name).weight += config["lora_alpha"] / len(A) * B @ A
+        update = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1) * B @ A
+        model.get_submodule(key[len("base_model.model."):-len(".lora_A.weight")]).weight += update
 
 
 def load_model(name, device, dtype):
@@ -178,7 +179,7 @@ def read_rows(source, split="train", limit=None):
     of a file are those of its bytes, because a text may hold U+2028 and other line separators."""
     name, _, config = source.partition(":")
     with blame(f"{source}: no such file or hub data set can be read"):
-        if not source.endswith(".jsonl"):
+        if not source.endswith((".jsonl", ".json")):
             return list(datasets.load_dataset(name, config or None, split=split))[:limit]
         rows = Path(source).read_bytes().strip().splitlines()[:limit]
     need(rows, f"{source}: no rows")
@@ -214,7 +215,7 @@ def to_pairs(rows, source):
         texts = texts_in(row, "answers or answer or response or output or solution", where)
         texts = [re.sub(r"<<[^<>]*>>", "", text) for text in texts]
         texts = [re.sub(r"\n#### *(.+)\s*$", r"\nThe answer is: \1", text) for text in texts]
-        pairs.append((asked, texts))
+        pairs.append((f"{asked}\n{row.get('input') or ''}".removesuffix("\n"), texts))    # Alpaca's
     return pairs
 
 
@@ -426,13 +427,12 @@ def main(arguments=None):
     untouched = run.get("model", options.models[0])
     device, dtype = pick_device(run.get("dtype", "auto"))
     tasks = load_tasks(options.tasks or default_tasks(untouched), options.limit)
-    reference, texts, columns = None, None, {}
+    reference = texts = None
     if "drift" in tasks:
         reference, tokenizer = load_model(untouched, device, dtype)
         texts = held_out(reference, tokenizer, min(256, run.get("calibration_max_tokens", 256)))
-    for name in options.models:
-        columns[name] = evaluate(*load_model(name, device, dtype), tasks, reference, texts)
-    print(table(columns))
+    print(table({name: evaluate(*load_model(name, device, dtype), tasks, reference, texts)
+                 for name in options.models}))
 
 
 if __name__ == "__main__":

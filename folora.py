@@ -58,7 +58,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     for name, module in wrapped.items():
         (A, B, _), *more = _adapters(module)
         odd = more or A.ndim != 2 or len(A) > A.shape[1] or hasattr(module, "parameter_name")
-        if odd or B.any() or not A.requires_grad:
+        if odd or B.any() or not A.requires_grad or not hasattr(model, "peft_config"):
             raise ValueError(f"{name} needs one linear, trainable adapter, B = 0, rank <= width: "
                              "set PEFT's init_lora_weights=True, or merge a trained adapter")
     if wrapped:
@@ -69,16 +69,15 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         some = {name: m for name, m in linears.items() if f".{name}".endswith(f".{end}")
                 or end == "all-linear" and m is not head}
         if not some:
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise ValueError(f"no nn.Linear is called {end}, only {names}")
+            raise ValueError(f"no nn.Linear {end}: {sorted({n.split('.')[-1] for n in linears})}")
         found |= some
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, module in found.items():
-        if type(module.weight) is not nn.Parameter or uses[id(module.weight)] > 1:
+    for name, m in found.items():
+        if (type(m), type(m.weight)) != (nn.Linear, nn.Parameter) or uses[id(m.weight)] > 1:
             raise ValueError(f"{name} is quantised (use get_peft_model) or shares its weight")
-        if not 0 < rank <= module.in_features:
-            raise ValueError(f"rank {rank} is not from 1 to {module.in_features}, {name}'s width")
-    return found
+        if not 0 < rank <= m.in_features:
+            raise ValueError(f"rank {rank} is not from 1 to {m.in_features}, {name}'s width")
+    return {name: m for name, m in linears.items() if name in found}       # in the model's order
 
 
 @contextmanager
@@ -92,6 +91,8 @@ def plain_mode(model):
             vars(module).update({key: type(value)() for key, value in kept.items()})
             # Else bitsandbytes 0.50 on a CPU repacks NF4 weights, whose input then has no gradient.
             if hasattr(module, "support_avx512bf16_for_cpu"):
+                if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                    raise ValueError("bitsandbytes has repacked its weights: call prepare earlier")
                 module.support_avx512bf16_for_cpu = False
         yield
     finally:
@@ -233,8 +234,8 @@ class SAdam(torch.optim.Optimizer):
 @register_optimizer_step_pre_hook
 def _refuse_others(optimizer, *_):
     """Refuse to let AdamW train the adapters, as a Trainer without `optimizers` would."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    if not isinstance(optimizer, SAdam) and any(hasattr(p, "needs_sadam") for p in params):
+    plain = (p for group in optimizer.param_groups if "basis" not in group for p in group["params"])
+    if any(hasattr(p, "needs_sadam") for p in plain):
         raise ValueError("give the Trainer the optimiser of prepare: optimizers=(optimizer, None)")
 
 
@@ -243,9 +244,10 @@ def null_space(C, rank):
     """A0 = U_perpᵀ (..., rank, d), nearly C's eigenvectors (..., d, d) of smallest eigenvalue. With
     it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
     trace = C.double().diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
-    # The ridge is above the rounding errors of a float32 C, which can make it slightly indefinite.
-    L = torch.linalg.cholesky(C / trace + 1e-7 * torch.eye(C.shape[-1]).to(C.device))
-    _, E = _top_eigenvectors(lambda Q: torch.cholesky_solve(Q, L), L, rank)      # of C⁻¹
+    # LU and the square C⁻², because rounding can make a float32 C slightly indefinite.
+    LU = torch.linalg.lu_factor(C / trace + 1e-11 * torch.eye(C.shape[-1]).to(C.device))
+    solve = lambda Q: torch.linalg.lu_solve(*LU, Q)
+    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), LU[0], rank)
     return E.mT.to(C.dtype).contiguous()
 
 
@@ -257,8 +259,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, A0, B0=None, alpha=None):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.bias, self.scaling = linear.bias, alpha / len(A0) if alpha else 1.0
-        W0 = linear.weight.detach().float()
-        A0 = A0.to(W0)
+        W0, A0 = linear.weight.detach().float(), A0.to(linear.weight.device, torch.float32)
         B0 = W0 @ A0.mT / self.scaling if B0 is None else B0.to(W0)          # κ⁻¹ W0 U_perp
         self.lora_A, self.lora_B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
         self.start = (A0, B0) if B0.any() else None
@@ -345,8 +346,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     lam, s_min         the γ at which the gate is one half, and the gate's floor (paper: 0.3)
     zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
     basis_rank         k, the directions for A (None: all); a larger k learns and forgets more"""
-    if not (lr > 0 and tau > 0 and lam > 0 and 0 <= s_min <= 1 and (basis_rank or 0) >= 0):
-        raise ValueError(f"out of range: {lr = }, {tau = }, {lam = }, {s_min = }, {basis_rank = }")
+    if not all(x > 0 for x in (lr, tau, lam, alpha or 1, basis_rank or 1)) or not 0 <= s_min <= 1:
+        raise ValueError(f"out of range: {lr=} {tau=} {lam=} {s_min=} {alpha=} {basis_rank=}")
     targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
     if hasattr(model, "peft_config"):
         rank = max(len(A) for layer in targets.values() for A, _, _ in _adapters(layer))
@@ -421,8 +422,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     begin with BOS (the tokenizer's, else the configuration's, else EOS) and depend on the seed,
     batch_size, device and dtype. `progress` is called with 1 for each."""
     config, device = model.generation_config, model.device
-    eos = config.eos_token_id or tokenizer.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]               # a chat model may have several
+    eos = torch.tensor(config.eos_token_id or tokenizer.eos_token_id).flatten().tolist()
     bos = next(t for t in (tokenizer.bos_token_id, config.bos_token_id, *eos) if t is not None)
     how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
                eos_token_id=eos, pad_token_id=eos[0])

@@ -208,8 +208,8 @@ def gpu(given):
              "folora-paper": "--preset paper", "folora": "--preset tuned"}
     columns = {}
     for kind, flags in kinds.items():
-        flags += f" --epochs 1 --out {CACHE}/gpu/{kind}"
-        options = train_math.parse_options([*flags.split(), *given])
+        flags = [*flags.split(), "--epochs", "1", "--out", f"{CACHE}/gpu/{kind}"]
+        options = train_math.parse_options([*flags, *given])
         train_math.resolve(options)
         scores = train_math.run(options, columns.get("untouched"))
         columns["untouched"], columns[kind] = scores.values()
