@@ -247,7 +247,7 @@ def null_space(C, rank):
     # LU and the square C⁻², because rounding can make a float32 C slightly indefinite.
     LU = torch.linalg.lu_factor(C / trace + 1e-11 * torch.eye(C.shape[-1]).to(C.device))
     solve = lambda Q: torch.linalg.lu_solve(*LU, Q)
-    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), LU[0], rank)
+    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), LU[0], rank, steps=4)
     return E.mT.to(C.dtype).contiguous()
 
 
