@@ -311,7 +311,7 @@ def report():
         untouched, kept = read(name)["untouched"], undominated(data).index
         names = [n for n in untouched if n in data and n not in ("Avg2", "GM")]
         rows = [["untouched", "", *(shown([untouched[n]]) for n in names), ""]]
-        names.append("KL / FoLoRA's")
+        names, data["KL / FoLoRA's"] = [*names, "KL / FoLoRA's"], numpy.nan
         for seed, ours in data[data.method == "FoLoRA"].groupby("seed"):
             front, runs = undominated(ours), data[data.seed == seed]
             at_same_nll = numpy.interp(runs.nll, front.nll, front.drift)
