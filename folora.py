@@ -129,7 +129,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             mask, last_input = batch.get("attention_mask"), None
             model(**batch)
-    means = {module: (total / tokens[module]).cpu() for module, total in sums.items()}
+    means = {module: total.div_(tokens[module]).cpu() for module, total in sums.items()}
     for name, module in targets.items():
         if not tokens[first_reader.get(module)] or not means[first_reader[module]].isfinite().all():
             raise ValueError(f"{name} has read no token (leave it out?), or numbers not finite")
@@ -161,14 +161,15 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     largest gamma (..., k), to a few per cent (None: all, exactly), and V (..., d, k) with
     Vᵀ H V = I and Vᵀ C_task V = Γ. The paper has H's symmetric root. Any L with L Lᵀ = H gives the
     same V up to signs, which do not change SAdam's step, and to rotations inside a repeated γ."""
-    C, eye = C_task.double(), torch.eye(C_task.shape[-1]).to(C_task.device)
-    L, solve = torch.linalg.cholesky(C_pre.double() + tau * eye), torch.linalg.solve_triangular
+    C, H, solve = C_task.double(), C_pre.to(torch.float64, copy=True), torch.linalg.solve_triangular
+    H.diagonal(dim1=-2, dim2=-1).add_(tau)                      # Eq. 6: H = C_pre + τ I
+    L = torch.linalg.cholesky(H)                                # L Lᵀ = H
     # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. Float32 errs by cond(H) · 1e-7.
     M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
-    if k and k < len(eye):
+    if k and k < C.shape[-1]:
         gamma, R = _top_eigenvectors(M_times, C, k)
     else:
-        M = M_times(eye.to(C).expand_as(C))
+        M = M_times(torch.eye(C.shape[-1]).to(C).expand_as(C))
         try:
             gamma, R = torch.linalg.eigh(M)
         except torch.linalg.LinAlgError:                        # as a GPU may, if the rank is low
@@ -203,8 +204,7 @@ class SAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -243,11 +243,13 @@ def _refuse_others(optimizer, *_):
 def null_space(C, rank):
     """A0 = U_perpᵀ (..., rank, d), nearly C's eigenvectors (..., d, d) of smallest eigenvalue. With
     it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
-    trace = C.double().diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
+    trace = C.diagonal(dim1=-2, dim2=-1).double().sum(-1).clamp(min=1e-30)[..., None, None]
+    shares = C / trace                                          # float64, of trace 1
+    shares.diagonal(dim1=-2, dim2=-1).add_(1e-11)
     # LU and the square C⁻², because rounding can make a float32 C slightly indefinite.
-    LU = torch.linalg.lu_factor(C / trace + 1e-11 * torch.eye(C.shape[-1]).to(C.device))
+    LU = torch.linalg.lu_factor(shares)
     solve = lambda Q: torch.linalg.lu_solve(*LU, Q)
-    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), LU[0], rank, steps=4)
+    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), shares, rank, steps=4)
     return E.mT.to(C.dtype).contiguous()
 
 
@@ -263,8 +265,7 @@ class LoRALinear(nn.Linear):
         B0 = W0 @ A0.mT / self.scaling if B0 is None else B0.to(W0)          # κ⁻¹ W0 U_perp
         self.lora_A, self.lora_B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
         self.start = (A0, B0) if B0.any() else None
-        W_res = (W0 - self.scaling * B0 @ A0).to(linear.weight.dtype)
-        self.weight = nn.Parameter(W_res, requires_grad=False)
+        self.weight = nn.Parameter((W0 - self.scaling * B0 @ A0).to(linear.weight.dtype), False)
 
     def forward(self, input):
         Ax = input @ self.lora_A.to(input.dtype).mT             # (..., d_in) -> (..., r)
@@ -367,8 +368,7 @@ def merge(model):
     for name, layer in [item for item in model.named_modules() if isinstance(item[1], LoRALinear)]:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
-        linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
-        linear.bias = layer.bias
+        linear.weight, linear.bias = nn.Parameter(W.to(layer.weight.dtype), False), layer.bias
         model.set_submodule(name, linear)
     return model
 

@@ -168,12 +168,12 @@ def test_eigenbasis_against_scipy(first, second, tau, k):
 
 def test_an_eigenproblem_that_fails_is_tried_again(monkeypatch):
     """On the CPU, where a GPU's solver has failed."""
-    M, failure = covariance(5, 20).float(), torch.linalg.LinAlgError("no convergence")
+    M, eye, failure = covariance(5, 20), torch.eye(5).double(), torch.linalg.LinAlgError("GPU")
     eigh = Mock(wraps=torch.linalg.eigh, side_effect=[failure, DEFAULT])
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    gamma, V = folora.generalized_eigenbasis(M, torch.eye(5), tau=0)
+    gamma, V = folora.generalized_eigenbasis(M, eye, tau=1)
     assert [call.args[0].dtype for call in eigh.call_args_list] == [torch.float64] * 2
-    close(V * gamma @ V.mT, M)
+    close(V * gamma @ V.mT, eye @ M @ eye / 4)                       # H = 2 I, and eye stays I
 
 
 def literal_sadam(A, gradients, V, gate, lr, beta1, beta2, eps):
