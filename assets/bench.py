@@ -24,7 +24,7 @@ import eval as ev  # noqa: E402
 import folora  # noqa: E402
 import train_math  # noqa: E402
 
-METHODS = {"LoRA": None, "FoLoRA, k = 64": 64, "FoLoRA, k = 128": 128, "FoLoRA, k = all": 0}
+METHODS = {"LoRA": None, "FoLoRA, k = 96": 96, "FoLoRA, k = all": 0}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPE = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
@@ -53,11 +53,6 @@ def alternate(works, repetitions, warm_up=1):
     count."""
     rounds = [[seconds(work) for work in works] for _ in tqdm(range(warm_up + repetitions))]
     return list(zip(*rounds[warm_up:]))
-
-
-def random_model(shape):
-    with DEVICE:
-        return Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().eval()
 
 
 def adapted(model, k, rank, batch, length, micro):
@@ -109,47 +104,44 @@ def memory_rows(rank=128):
         yield row(f"bases and moments by formula, Qwen3-1.7B, r={rank}: {method}, GB", [size / 1e9])
 
 
-def solve(model, ids, rank, k):
-    """FoLoRA's preparation. It reads the texts again, for C_task."""
-    flags = f"--micro-batch-size 16 --rank {rank} --basis-rank {k}".split()
-    options = train_math.parse_options(flags)
-    train_math.solve(options, model, ids, [{"ids": text} for text in ids])
-
-
 @torch.no_grad()
-def corda(model, ids, rank):
+def corda(model, texts, rank):
     """PEFT's preparation of CorDA. Its hooks take one text at a time."""
     from peft.tuners.lora import config, corda
     lora = config.LoraConfig(r=rank, target_modules=list(folora.TARGET_MODULES),
                              corda_config=config.CordaConfig(corda_method="kpm"))
     corda.preprocess_corda(model, lora, run_model=lambda: [
-        model(torch.tensor([text]), use_cache=False, logits_to_keep=1) for text in ids])
+        model(torch.tensor([ids]), use_cache=False, logits_to_keep=1) for ids in texts])
 
 
-def preparation(name, layers, texts, rank, *more):
-    """(seconds, GB added to the peak memory), on the CPU, for a process of its own."""
+def preparation(name, layers, rank, k, *sizes):
+    """(seconds, GB added to the peak memory), on the CPU, for a process of its own. `sizes` are
+    the numbers and lengths of the texts: for C_pre and C_task, or for CorDA."""
     peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
     model, _ = ev.load_model(name, "cpu", torch.bfloat16)
     model.model.layers = model.model.layers[:layers]
-    ids = torch.randint(10, model.config.vocab_size, texts).tolist()
+    texts, *more = (torch.randint(10, model.config.vocab_size, size).tolist() for size in sizes)
+    options = f"--micro-batch-size 16 --rank {rank} --basis-rank {k}".split()
+    solve = lambda examples: train_math.solve(train_math.parse_options(options), model, texts,
+                                              [{"ids": ids} for ids in examples])
     Path("/proc/self/clear_refs").write_text("5")          # resets VmHWM, on Linux
     before = peak()
-    return seconds(lambda: (solve if more else corda)(model, ids, rank, *more)), peak() - before
+    work = lambda: solve(*more) if more else corda(model, texts, rank)
+    return seconds(work), peak() - before
 
 
-def preparation_rows(name, repetitions, layers, texts, rank):
-    kinds = {"k = 64": (64,), "k = all": (0,), "CorDA": ()}
-    runs = {kind: [] for kind in kinds}
-    for kind, more in tqdm(list(kinds.items()) * repetitions, desc="preparation"):
+def preparation_rows(name, repetitions, layers, rank, k, ours, theirs):
+    """FoLoRA's, without sampling, on texts of the sizes `ours`, and CorDA's. layers None: all."""
+    runs = {ours: [], theirs: []}
+    for sizes in tqdm([*runs] * repetitions, desc="preparation"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            runs[kind].append(pool.submit(preparation, name, layers, texts, rank, *more).result())
-    theirs = runs.pop("CorDA")
-    for kind, ours in runs.items():
-        what = f"preparation, {layers} layers, {texts[0]} x {texts[1]} tokens, rank {rank}, {kind}"
-        for i, part, unit, bar in ((0, "time", "s", 3), (1, "peak memory added", "GB", 1)):
-            ratios = [b[i] / a[i] for a, b in zip(ours, theirs)]
-            yield row(f"{what}: {part}, {unit}", [a[i] for a in ours])
-            yield row(f"{what}: {part}, PEFT's CorDA / FoLoRA", ratios, None, bar)
+            runs[sizes].append(pool.submit(preparation, name, layers, rank, k, *sizes).result())
+    read = lambda sizes: " and ".join(f"{count} x {length}" for count, length in sizes)
+    what = f"preparation, {layers or 'all'} layers, r={rank}, k = {k or 'all'}, {read(ours)} tokens"
+    for i, part, unit, bar in ((0, "time", "s", 3), (1, "peak memory added", "GB", 1)):
+        yield row(f"{what}: {part}, {unit}", [mine[i] for mine in runs[ours]])
+        ratios = [rival[i] / mine[i] for mine, rival in zip(*runs.values())]
+        yield row(f"{what}: {part}, PEFT's CorDA on {read(theirs)} / FoLoRA", ratios, None, bar)
 
 
 def eigen_rows(d, repetitions, tokens=12000, rank=128):
@@ -159,30 +151,34 @@ def eigen_rows(d, repetitions, tokens=12000, rank=128):
     C_pre, C_task = (x.mT @ x * d / x.square().sum() for x in x)             # mean eigenvalue 1
     basis = lambda k: folora.generalized_eigenbasis(C_task, C_pre, 0.01, k)
     full = lambda: (basis(None), torch.linalg.eigh(C_pre)[1][:, :rank].mT.contiguous())
-    part = lambda: (basis(64), folora.null_space(C_pre, rank))
+    part = lambda: (basis(96), folora.null_space(C_pre, rank))
     whole, parts = alternate([full, part], repetitions, warm_up=0)
-    yield row(f"one input of d_in = {d} solved: k = 64, r = {rank}, s", parts)
+    yield row(f"one input of d_in = {d} solved: k = 96, r = {rank}, s", parts)
     ratios = [a / b for a, b in zip(whole, parts)]
-    yield row(f"one input of d_in = {d} solved: full / k = 64, r = {rank}", ratios, None, 5)
+    yield row(f"one input of d_in = {d} solved: full / k = 96, r = {rank}", ratios, None, 5)
 
 
 def gpu_rows(quick, count):
     """The paper's setting. With quick: small shapes, and on a CPU all but the memory."""
     shape, name = (SMALL, "small shapes") if quick else (SHAPE, "Qwen3-1.7B's shapes")
     rank, length, batch, texts = (8, 64, 8, 16) if quick else (128, 512, 128, 2000)
+
+    def load():
+        with DEVICE:
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().eval()
     for method, k in METHODS.items() if CUDA else ():
-        step, _ = adapted(random_model(shape), k, rank, batch, length, 16)
+        step, _ = adapted(load(), k, rank, batch, length, 16)
         torch.cuda.reset_peak_memory_stats()
         step(), step()                                     # the second has the moments
         size = torch.cuda.max_memory_allocated() / 1e9
         yield row(f"peak memory of a step, {name}: {method}, GB", [size], 56.9, 30)
-    yield from step_rows(lambda: random_model(shape), name, count, 1.005, rank, batch, length, 16)
-    model, ids = random_model(shape), torch.randint(10, 1000, (texts, length)).tolist()
+    yield from step_rows(load, name, count, 1.005, rank, batch, length, 16)
+    model, ids = load(), torch.randint(10, 1000, (texts, length)).tolist()
     options, C = train_math.parse_options(["--micro-batch-size", "16"]), []
     collect = lambda: C.extend(train_math.covariances(options, model, some, "covariances")
                                for some in (ids, ids[:256]))
     yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
-    for k in (64, None):
+    for k in (96, None):
         decompose = lambda k=k: folora.decompose(*C, rank, 0.01, k, device=DEVICE)
         yield row(f"eigenproblems, k = {k or 'all'}, s", [seconds(decompose)], 28, 15)
     tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
@@ -197,10 +193,17 @@ def main():
     options = parser.parse_args()
     name, quick = Path(options.model).name, options.quick
     count, rank, layers, batch, length = (1, 8, 2, 4, 32) if quick else (3, 64, 6, 16, 200)
-    load = lambda: ev.load_model(options.model, DEVICE, torch.bfloat16)[0]
-    rows = [*step_rows(load, name, count, 1.003, rank, batch, length),
-            *preparation_rows(options.model, count, layers, (32, length), rank),
+    load = lambda: ev.load_model(options.model, DEVICE, torch.bfloat16)
+    loaded, same, (texts, tokens) = load(), ((32, length),), (4, 40) if quick else (128, 512)
+    sample = lambda: folora.sample_calibration(*loaded, texts, tokens // 4, tokens)
+    # What is read by default: by FoLoRA in train_math.py, and by CorDA in PEFT's example.
+    ours, theirs = ((texts, tokens), (2 * texts, 200)), ((2 * texts, 4 * tokens),)
+    rows = [*step_rows(lambda: load()[0], name, count, 1.003, rank, batch, length),
+            *preparation_rows(options.model, count, layers, rank, 96, same * 2, same),
+            *preparation_rows(options.model, count, layers, rank, 0, same * 2, same),
             *memory_rows(), *eigen_rows(320 if quick else 8960, 1),
+            *preparation_rows(options.model, 1, None, rank, 96, ours, theirs),
+            row(f"{texts} texts of up to {tokens} tokens sampled, s", [seconds(sample)]),
             *(gpu_rows(quick, count) if CUDA or quick else ())]
     print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
     for r in rows:
