@@ -336,7 +336,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
-            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=128):
+            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96):
     """FoLoRA in one call: adapt `model`, cast and moved before, in place, freeze the rest, return
     its optimiser. PEFT's models keep their own rank, alpha, targets and trainable parameters.
 

@@ -34,7 +34,7 @@ import folora
 # torchrun starts PROCESSES processes. They share the training; all else is the work of the first.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What --preset and --model tiny set, where the command line does not.
-PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=128, zero_start=1, calibration_samples=128),
+PRESETS = {"tuned": dict(lam=1.0, s_min=0.0, basis_rank=96, zero_start=1, calibration_samples=128),
            "paper": dict(lam=1.0, s_min=0.3, basis_rank=0, zero_start=0, calibration_samples=2000)}
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=2000, batch_size=16,
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,

@@ -131,13 +131,13 @@ def preparation(name, layers, rank, k, *sizes):
 
 
 def preparation_rows(name, repetitions, layers, rank, k, ours, theirs):
-    """FoLoRA's, without sampling, on texts of the sizes `ours`, and CorDA's. layers None: all."""
+    """FoLoRA's, without sampling, on texts of the sizes `ours`, and CorDA's."""
     runs = {ours: [], theirs: []}
     for sizes in tqdm([*runs] * repetitions, desc="preparation"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             runs[sizes].append(pool.submit(preparation, name, layers, rank, k, *sizes).result())
     read = lambda sizes: " and ".join(f"{count} x {length}" for count, length in sizes)
-    what = f"preparation, {layers or 'all'} layers, r={rank}, k = {k or 'all'}, {read(ours)} tokens"
+    what = f"preparation, {layers} layers, r={rank}, k = {k or 'all'}, {read(ours)} tokens"
     for i, part, unit, bar in ((0, "time", "s", 3), (1, "peak memory added", "GB", 1)):
         yield row(f"{what}: {part}, {unit}", [mine[i] for mine in runs[ours]])
         ratios = [rival[i] / mine[i] for mine, rival in zip(*runs.values())]
@@ -202,7 +202,7 @@ def main():
             *preparation_rows(options.model, count, layers, rank, 96, same * 2, same),
             *preparation_rows(options.model, count, layers, rank, 0, same * 2, same),
             *memory_rows(), *eigen_rows(320 if quick else 8960, 1),
-            *preparation_rows(options.model, 1, None, rank, 96, ours, theirs),
+            *preparation_rows(options.model, 1, layers, rank, 96, ours, theirs),
             row(f"{texts} texts of up to {tokens} tokens sampled, s", [seconds(sample)]),
             *(gpu_rows(quick, count) if CUDA or quick else ())]
     print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
