@@ -151,11 +151,11 @@ def eigen_rows(d, repetitions, tokens=12000, rank=128):
     C_pre, C_task = (x.mT @ x * d / x.square().sum() for x in x)             # mean eigenvalue 1
     basis = lambda k: folora.generalized_eigenbasis(C_task, C_pre, 0.01, k)
     full = lambda: (basis(None), torch.linalg.eigh(C_pre)[1][:, :rank].mT.contiguous())
-    part = lambda: (basis(96), folora.null_space(C_pre, rank))
+    part = lambda: (basis(64), folora.null_space(C_pre, rank))
     whole, parts = alternate([full, part], repetitions, warm_up=0)
-    yield row(f"one input of d_in = {d} solved: k = 96, r = {rank}, s", parts)
+    yield row(f"one input of d_in = {d} solved: k = 64, r = {rank}, s", parts)
     ratios = [a / b for a, b in zip(whole, parts)]
-    yield row(f"one input of d_in = {d} solved: full / k = 96, r = {rank}", ratios, None, 5)
+    yield row(f"one input of d_in = {d} solved: full / k = 64, r = {rank}", ratios, None, 5)
 
 
 def gpu_rows(quick, count):
