@@ -40,7 +40,7 @@ TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=20
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
             calibration_max_tokens=224, eval_samples=200, compare="lora")
 # --lr for any model, and for tiny.
-LEARNING_RATES = {"tuned": (3e-3, 1.2e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
+LEARNING_RATES = {"tuned": (3e-3, 1.6e-2), "paper": (3e-4, 6e-3), "lora": (1e-3, 4e-3)}
 RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 STAGES = "held_out.json untouched.json calibration.json prepared.pt checkpoint.pt".split()
 
