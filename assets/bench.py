@@ -194,8 +194,8 @@ def main():
     name, quick = Path(options.model).name, options.quick
     count, rank, layers, batch, length = (1, 8, 2, 4, 32) if quick else (3, 64, 6, 16, 200)
     load = lambda: ev.load_model(options.model, DEVICE, torch.bfloat16)
-    loaded, same, (texts, tokens) = load(), ((32, length),), (4, 40) if quick else (128, 512)
-    sample = lambda: folora.sample_calibration(*loaded, texts, tokens // 4, tokens)
+    same, (texts, tokens) = ((32, length),), (4, 40) if quick else (128, 512)
+    sample = lambda: folora.sample_calibration(*load(), texts, tokens // 4, tokens)
     # What is read by default: by FoLoRA in train_math.py, and by CorDA in PEFT's example.
     ours, theirs = ((texts, tokens), (2 * texts, 200)), ((2 * texts, 4 * tokens),)
     rows = [*step_rows(lambda: load()[0], name, count, 1.003, rank, batch, length),
