@@ -254,9 +254,9 @@ def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spe
 
 
 def test_null_space_holds_the_least_energy():
-    """In a stack. At any scale, where one direction has nearly all, and slightly indefinite."""
-    C = covariance(60, 400, 1e3)
-    stack = torch.stack([C, C + 200, 1e-9 * C, covariance(60, 20) - 1e-6 * torch.eye(60)]).float()
+    """In a stack. At any scale, where one direction has nearly all, slightly indefinite, and 0."""
+    C, indefinite = covariance(60, 400, 1e3), covariance(60, 20) - 1e-6 * torch.eye(60)
+    stack = torch.stack([C, C + 200, 1e-9 * C, indefinite, 0 * C]).float()
     for rows, one in zip(folora.null_space(stack, 7), stack.double()):
         close(rows @ rows.mT, torch.eye(7), rtol=0, atol=1e-5)
         assert abs(energy(rows, one)) <= abs(1.02 * scipy.linalg.eigvalsh(one.numpy())[:7].sum())
@@ -304,7 +304,7 @@ def test_adapters_are_float32_bases_may_be_bfloat16_and_merge_rounds_once(dtype,
     W = before + 2 * nn.init.normal_(layer.lora_B).double() @ layer.lora_A.double()
     merged = folora.merge(model)["f"]
     assert type(merged) is nn.Linear and not merged.weight.requires_grad
-    assert (merged.weight == W.to(dtype)).float().mean() > 0.98
+    assert (merged.weight == W.to(dtype)).float().mean() > 0.98 and merged.bias is layer.bias
 
 
 @pytest.mark.parametrize("distinct, n, equal, rejected", [
