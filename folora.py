@@ -145,37 +145,30 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 # Since Vᵀ H V = I, forgetting is the squared length of the step in V's coordinates. Adam moves
 # every coordinate by about lr, so without the gate every direction would cost the same forgetting,
 # whatever its use. All functions here take one matrix or a stack of them, (..., d, d).
-def _top_eigenvectors(apply, like, k, steps=8, extra=32):
-    """The k largest eigenvalues (..., k) and eigenvectors (..., d, k) of a semidefinite M, shaped
-    as `like`, where apply(Q) = M Q: `steps` times, multiply by M and make orthonormal."""
-    n, generator = min(k + extra, like.shape[-1]), torch.Generator().manual_seed(0)
-    Q = torch.randn(*like.shape[:-1], n, generator=generator, device="cpu").to(like)
-    for _ in range(steps):
-        Q = torch.linalg.qr(apply(Q)).Q                         # (..., d, n)
-    values, E = torch.linalg.eigh(Q.mT @ apply(Q))              # (..., n, n): exact inside the span
-    return values.flip(-1)[..., :k], (Q @ E).flip(-1)[..., :k]
+def _eigh(M):
+    """torch.linalg.eigh, on the CPU if a GPU's solver fails, as it may where the rank is low."""
+    try:
+        return torch.linalg.eigh(M)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(M.cpu())
+        return values.to(M.device), vectors.to(M.device)
 
 
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     """Solve C_task v = γ H v with H = C_pre + τ I, for symmetric semidefinite (..., d, d): the k
-    largest gamma (..., k), to a few per cent (None: all, exactly), and V (..., d, k) with
-    Vᵀ H V = I and Vᵀ C_task V = Γ. The paper has H's symmetric root. Any L with L Lᵀ = H gives the
+    largest gamma (..., k; None: all), falling, and V (..., d, k) with Vᵀ H V = I and
+    Vᵀ C_task V = Γ. The paper has H's symmetric root. Any L with L Lᵀ = H gives the
     same V up to signs, which do not change SAdam's step, and to rotations inside a repeated γ."""
-    C, H, solve = C_task.double(), C_pre.to(torch.float64, copy=True), torch.linalg.solve_triangular
+    # float64: float32 errs by cond(H) · 1e-7, and one massive activation makes cond(H) 1e5.
+    H = C_pre.to(torch.float64, copy=True)
     H.diagonal(dim1=-2, dim2=-1).add_(tau)                      # Eq. 6: H = C_pre + τ I
     L = torch.linalg.cholesky(H)                                # L Lᵀ = H
-    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ. Float32 errs by cond(H) · 1e-7.
-    M_times = lambda Q: solve(L, C @ solve(L.mT, Q, upper=True), upper=False)
-    if k and k < C.shape[-1]:
-        gamma, R = _top_eigenvectors(M_times, C, k)
-    else:
-        M = M_times(torch.eye(C.shape[-1]).to(C).expand_as(C))
-        try:
-            gamma, R = torch.linalg.eigh(M)
-        except torch.linalg.LinAlgError:                        # as a GPU may, if the rank is low
-            gamma, R = (t.to(M.device) for t in torch.linalg.eigh(M.cpu()))
-        gamma, R = gamma.flip(-1), R.flip(-1)
-    V = solve(L.mT, R, upper=True)                              # Eq. 17: V = L⁻ᵀ R
+    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ.
+    X = torch.linalg.solve_triangular(L, C_task.double(), upper=False)       # L⁻¹ C_task
+    M = torch.linalg.solve_triangular(L, X.mT, upper=False)     # L⁻¹ C_task L⁻ᵀ
+    gamma, R = _eigh(M)                                         # γ rises
+    gamma, R = gamma.flip(-1)[..., :k], R.flip(-1)[..., :k]     # the k largest, falling
+    V = torch.linalg.solve_triangular(L.mT, R, upper=True)      # Eq. 17: V = L⁻ᵀ R
     return gamma.clamp(min=0).to(C_pre), V.to(C_pre)
 
 
@@ -241,16 +234,10 @@ def _refuse_others(optimizer, *_):
 
 # ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
 def null_space(C, rank):
-    """A0 = U_perpᵀ (..., rank, d), nearly C's eigenvectors (..., d, d) of smallest eigenvalue. With
+    """A0 = U_perpᵀ (..., rank, d): the eigenvectors of C (..., d, d) of smallest eigenvalue. With
     it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
-    trace = C.diagonal(dim1=-2, dim2=-1).double().sum(-1).clamp(min=1e-30)[..., None, None]
-    shares = C / trace                                          # float64, of trace 1
-    shares.diagonal(dim1=-2, dim2=-1).add_(1e-11)
-    # LU and the square C⁻², because rounding can make a float32 C slightly indefinite.
-    LU = torch.linalg.lu_factor(shares)
-    solve = lambda Q: torch.linalg.lu_solve(*LU, Q)
-    _, E = _top_eigenvectors(lambda Q: solve(solve(Q)), shares, rank, steps=4)
-    return E.mT.to(C.dtype).contiguous()
+    _, U = _eigh(C.double())                                    # eigenvalues rise
+    return U[..., :rank].mT.to(C.dtype).contiguous()
 
 
 class LoRALinear(nn.Linear):
@@ -273,21 +260,32 @@ class LoRALinear(nn.Linear):
 
 
 # ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
+STACK_BYTES = 2 ** 26              # of the float64 matrices that one call of eigh gets, at most
+
+
 def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
     """[{"modules": layers with one input, "A0": (rank, d_in), "gamma": (k,), "V": (d_in, k)} on the
     CPU]. Each covariance is divided by its mean eigenvalue, so that γ compares shares of energy
-    and one τ and one λ serve all layers. `progress` is called with 1 for each input."""
-    readers, bases = {}, []
+    and one τ and one λ serve all layers. `progress` is called with the number of inputs solved."""
+    readers, solved, stacks = {}, {}, []
     for name in C_pre:
         readers.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
-    for names in readers.values():
-        pre, task = (C[names[0]].to(device) for C in (C_pre, C_task))
-        pre, task = (C / C.diagonal().mean().clamp(min=1e-30) for C in (pre, task))
-        gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)
-        solved = {"A0": null_space(pre, rank), "gamma": gamma, "V": V.contiguous()}
-        bases.append({"modules": names, **{key: t.cpu() for key, t in solved.items()}})
-        progress and progress(1)
-    return bases
+    first = [names[0] for names in readers.values()]
+    for d in sorted({len(C_pre[name]) for name in first}):
+        names = [name for name in first if len(C_pre[name]) == d]
+        size = max(1, STACK_BYTES // (8 * d * d))
+        stacks += [names[i:i + size] for i in range(0, len(names), size)]
+    for names in stacks:
+        pre, task = (torch.stack([C[name] for name in names]).to(device) for C in (C_pre, C_task))
+        for C in (pre, task):
+            C /= C.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+        gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank or None)
+        A0 = null_space(pre, rank)
+        for i, name in enumerate(names):
+            some = {"A0": A0[i], "gamma": gamma[i], "V": V[i]}
+            solved[name] = {key: t.cpu().clone().contiguous() for key, t in some.items()}
+        progress and progress(len(names))
+    return [{"modules": names, **solved[names[0]]} for names in readers.values()]
 
 
 def _row_length(layer):
