@@ -1,152 +1,899 @@
-"""FoLoRA: LoRA fine-tuning that forgets little (arXiv 2606.00132). One file, torch >= 2.6 alone.
-Not included: Appendix D, weight decay, fused experts, offloading, FSDP, DeepSpeed, MPS, GradScaler.
+"""FoLoRA: LoRA fine-tuning that keeps what the model knows. One file, and it needs PyTorch alone.
 
-LoRA adds a trainable product B A to a frozen linear layer W0. FoLoRA lets A move mainly along input
-directions that the task uses much and the model's pretraining text uses little. With the layer's
-uncentred input covariances C_pre and C_task on these texts, and H = C_pre + τ I, an update ΔA has
+An unofficial reference implementation of "Foundation-Preserving Adaptation via Generalized
+Rayleigh-Quotient Optimization" by Kim, de Wynter, Chen, Kim and Vikalo (arXiv 2606.00132). Numbers
+such as 3.2, B.3 and Eq. 16 are the paper's. Part I below is the method: read it beside the paper.
+Part II fits it to real models: skip it on a first reading. `python folora.py` runs a small example.
 
-    forgetting   R(ΔA) = tr(ΔA H ΔAᵀ)         how much it moves A's output on pretraining text
-    utility      U(ΔA) = tr(ΔA C_task ΔAᵀ)    how much it moves A's output on the task
-    step         ΔA = -lr · Adam(G V) · diag(s) · Vᵀ          where G is the loss's gradient for A
+LoRA adds a trainable product B A to a frozen linear layer W0. It learns the task, but it also
+changes what the layer does on all other text, and so the model forgets. FoLoRA asks of every
+direction in the layer's input: how much does the task use it, and how much does the text of
+pretraining? The answers are in two covariances of the input, C_pre on pretraining text and C_task
+on the task. With H = C_pre + τ I, a change ΔA of A has
 
-A column v of V solves C_task v = γ H v, so γ = U/R is the utility of v per unit of forgetting. The
-gate s = γ / (γ + λ) is near 1 for useful directions and near 0 for the others. The pretraining
-text is sampled from the model itself. A starts in the directions where that text has least energy.
+    forgetting       R(ΔA) = tr(ΔA H ΔAᵀ)                 how far A's output moves on old text
+    utility          U(ΔA) = tr(ΔA C_task ΔAᵀ)            how far A's output moves on the task
+    and FoLoRA's is  ΔA = -lr · Adam(G V) · diag(s) · Vᵀ  where G is the loss's gradient for A
+
+The columns v of V solve C_task v = γ H v: γ is what a step along v brings in utility for each unit
+of forgetting that it costs. The gate s = γ / (γ + λ) lets useful directions pass and holds back the
+others. A starts where pretraining text has the least energy, and that text needs no data set:
+it is sampled from the model itself.
 
     texts = folora.sample_calibration(model, tokenizer, 128)        # what must not be forgotten
     pretrain = [{"input_ids": text[None]} for text in texts]        # batches for model(**batch)
     optimizer = folora.prepare(model, pretrain, task_batches, lr=3e-3, rank=32)
-    folora.save_adapter(model, "adapter")       # after training; PEFT can load it. Or merge(model)
+    ...                                              # train as always: backward, step, zero_grad
+    folora.save_adapter(model, "adapter")            # PEFT can load it; or folora.merge(model)
 
-    paper             shape                   in code           meaning
-    W0 or W_res       (d_out, d_in)           weight            frozen; W_res = W0 - κ B0 A0
-    A, B, κ           (r, d_in), (d_out, r)   lora_A, lora_B    W = W_res + κ B A; κ is `scaling`
-    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ, scaled by decompose
-    τ, H = L Lᵀ       scalar, (d_in, d_in)    tau, H, L         the ridge; H = C_pre + τ I
-    V, γ              (d_in, k), (k,)         V, gamma          Vᵀ H V = I, Vᵀ C_task V = Γ
-    s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, floor
+Letters. d_in and d_out are a layer's widths, r is the rank, k a number of directions.
+
+    W0, W_res         (d_out, d_in)           weight            frozen; W = W_res + κ B A
+    A, B              (r, d_in), (d_out, r)   lora_A, lora_B    the adapter, trained
+    κ                 scalar                  scaling           alpha / r, or 1 without an alpha
+    C_pre, C_task     (d_in, d_in)            C_pre, C_task     means of x xᵀ over tokens
+    τ, H              scalar, (d_in, d_in)    tau, H            the ridge; H = C_pre + τ I
+    V, γ              (d_in, k), (k,)         V, gamma          directions, utility per forgetting
+    s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, its floor
+    G, Ḡ, m, v, t     (r, d_in), (r, k), ...  G, G_bar, ...     gradient, moments, steps so far
+
+Where we depart from the paper. Each line is marked [ours] again where it happens in the code, and
+each argument switches one thing. prepare(..., **folora.PAPER) is the paper's setting.
+
+    the paper                               here, by default                  switch
+    all d_in directions                     the 96 of largest γ               basis_rank=None
+    floor of the gate: 0.3                  0                                 s_min=0.3
+    B0 = κ⁻¹ W0 A0ᵀ, W0 becomes W_res       B0 = 0, W0 stays as it is         zero_start=False
+    one learning rate for A and B           B's follows the size of W0        scale_lr_B=False
+    open: sums or means over tokens, units  means, in mean eigenvalues of C   none (decompose)
+    open: the size of τ                     0.01 mean eigenvalues of C_pre    tau
+    open: the size of κ                     1                                 alpha
+    open: the precision of each part        float64 solver, float32 A and B,  none
+                                            bfloat16 V on a bfloat16 layer
+    symmetric root H^(1/2)                  a Cholesky factor: the same V     none
+    a covariance for each layer             one for all that read one tensor  none
+    samples in float16, from BOS, until     in the model's dtype, EOS for     none
+    enough are accepted                     want of a BOS; may give up
+
+Not included: Appendix D (dense weights), weight decay, schedules, fused experts, offloading, FSDP,
+DeepSpeed, MPS, GradScaler. Schedules and clipping belong to the training loop: see train_math.py.
 """
-import ctypes
 import itertools
 import json
 import math
-from collections import Counter, defaultdict
+import weakref
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+# ==================================================================================================
+# Part I: the method
+# ==================================================================================================
+
+# The seven projections of a transformer block, which the paper adapts (Appendix B).
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _adapters(layer):
-    """[(A, B, κ)] of a LoRALinear or of PEFT's active adapters in a layer. Needs no peft."""
+# ---- 3.1  Covariances: what a layer reads, on old text and on the task ---------------------------
+#
+# What must an update leave alone? Let X_pre (d_in, T) be a layer's inputs on T tokens of
+# pretraining text, one column a token. If W0 changes by ΔW, then the block around it changes, to
+# first order, by a fixed linear function of ΔW X_pre (Eq. 1-2). So ΔW X_pre has to stay small. The
+# adapter adds nothing at the start. Later, with A = A0 + ΔA, B = B0 + ΔB and κ = 1, it adds
+#
+#     ΔW X_pre = ΔB A0 X_pre + (B0 + ΔB) ΔA X_pre                                            (Eq. 3)
+#
+# The first term is small if A0 X_pre is: the start sees to that (B.3, below). For the second,
+#
+#     |(B0 + ΔB) ΔA X_pre| <= |B0 + ΔB|₂ |ΔA X_pre|                                          (Eq. 4)
+#
+# so what remains is to hold down |ΔA X_pre|² = tr(ΔA C_pre ΔAᵀ) with C_pre = X_pre X_preᵀ. One
+# (d_in, d_in) matrix is all that we need to know of a text, however long it is.
+
+def energy(M, C):
+    """The energy of M x, E|M x|² = tr(M C Mᵀ), for inputs x with the second moment C = E[x xᵀ].
+
+    Of a change ΔA of A, this is the forgetting R(ΔA) with C = H (Eq. 5-6), and the utility U(ΔA)
+    with C = C_task (Eq. 7). M is (..., m, d), C is (..., d, d), the result is (...).
+    """
+    return ((M @ C) * M).sum((-2, -1))
+
+
+@torch.inference_mode(False)       # inference tensors could not take part in training afterwards
+@torch.no_grad()
+def collect_covariances(model, batches, target_modules=TARGET_MODULES):
+    """C_pre or C_task, depending on the text: the mean of x xᵀ over all tokens that a layer reads.
+
+    model            any model that takes model(**batch)
+    batches          an iterable of dicts. Where a batch has an "attention_mask" (batch, length),
+                     tokens with mask 0 do not count
+    target_modules   names of layers, or their ends, as in PEFT; "all-linear": all but the head
+    returns          {name of a layer: (d_in, d_in), float32, on the CPU}. Layers that always read
+                     the same tensors, such as q, k and v, have one and the same tensor here
+    raises           ValueError if a layer reads no token, or numbers that are not finite
+    """
+    targets = find_targets(model, target_modules)       # {name: module}: Part II
+    device = next(model.parameters()).device
+
+    # q, k and v read one tensor, and so do gate and up. Its X Xᵀ is computed once, when the first
+    # of them reads it, and added to a sum that belongs to all layers that have read it.
+    sums = {}              # frozenset of layers -> Σ x xᵀ over the tokens that all of them read
+    tokens = Counter()     # frozenset of layers -> the number of these tokens
+    last_x, product, count, readers = None, None, 0, set()
+
+    def settle():
+        """The last tensor has been read by all its readers: add its product to their sum."""
+        if readers:
+            key = frozenset(readers)
+            if key in sums:
+                sums[key] += product
+            else:
+                sums[key] = product
+            tokens[key] += count
+            readers.clear()
+
+    def read(module, args, kwargs):
+        """A hook that runs before each layer."""
+        nonlocal last_x, product, count
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x is not last_x:
+            settle()
+            last_x = x                                  # (batch, length, d_in)
+            rows = real_tokens(x, mask).float()         # Xᵀ without padding, (count, d_in)
+            product = rows.mT @ rows                    # X Xᵀ, (d_in, d_in)
+            count = len(rows)
+        readers.add(module)
+
+    # Autocast would round the products to bfloat16.
+    with plain_mode(model), torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        for module in targets.values():
+            hook = module.register_forward_pre_hook(read, with_kwargs=True)
+            stack.callback(hook.remove)
+        for batch in batches:
+            batch = to_device(batch, device)
+            mask = batch.get("attention_mask")
+            model(**batch)
+            settle()
+            last_x = None
+
+    # The paper has sums over tokens. [ours] A mean does not depend on how much text was read.
+    for key, total in sums.items():
+        total /= max(1, tokens[key])                    # in place: the sums become means
+
+    covariances, shared = {}, {}
+    for name, module in targets.items():
+        keys = tuple(key for key in sums if module in key)
+        total = sum(tokens[key] for key in keys)
+        if total == 0:
+            raise ValueError(f"{name} has read no token: leave it out of target_modules")
+        if keys not in shared:
+            C = sums[keys[0]]
+            if len(keys) > 1:       # it shares an input with one layer here, with another there
+                C = sum(tokens[key] / total * sums[key] for key in keys)
+            shared[keys] = C.cpu()
+        covariances[name] = shared[keys]
+        if not covariances[name].isfinite().all():
+            raise ValueError(f"{name} reads numbers that are not finite")
+    return covariances
+
+
+# ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
+#
+# Which input directions should an update use? A rank-one update ΔA = u vᵀ moves A's output by
+# R = |u|² vᵀ H v on pretraining text (forgetting, Eq. 6), and by U = |u|² vᵀ C_task v on the task
+# (utility, Eq. 7). The ratio does not depend on u. It is the generalized Rayleigh quotient of v,
+#
+#     ρ(v) = U / R = vᵀ C_task v / vᵀ H v                                                 (Eq. 8-10)
+#
+# It is stationary exactly where C_task v = γ H v, and there ρ(v) = γ (Eq. 11-15). So these
+# generalized eigenvectors, by falling γ, are the directions from the most to the least useful per
+# unit of forgetting. They become the columns of V. V is not orthogonal: V Vᵀ is no projection. It
+# is orthonormal in the metric of H instead, and it makes the utility diagonal:
+#
+#     Vᵀ H V = I,        Vᵀ C_task V = diag(γ)                                           (Eq. 16-17)
+
+def generalized_eigenbasis(C_task, C_pre, tau, k=None):
+    """Solve C_task v = γ H v with H = C_pre + τ I, exactly, for one layer or a stack of layers.
+
+    C_task, C_pre   (..., d, d), symmetric, positive semidefinite, any floating dtype
+    tau             the ridge, > 0: H has an inverse even where the text has no energy
+    k               how many directions to keep, those of largest γ (None: all d, as in the paper)
+    returns         gamma (..., k), falling, >= 0, and V (..., d, k), in the dtype of C_pre
+    raises          torch.linalg.LinAlgError if H is not positive definite
+    """
+    # In float32 the error would be about cond(H) · 1e-7, and one massive activation, such as that
+    # of the first token in many models, makes cond(H) 1e5. So everything is done in float64.
+    C_task = C_task.double()
+    H = C_pre.to(torch.float64, copy=True)
+    H.diagonal(dim1=-2, dim2=-1).add_(tau)              # H = C_pre + τ I                   Eq. 6
+
+    # Cholesky's method turns it into an ordinary symmetric eigenproblem. With H = L Lᵀ, L lower
+    # triangular, and v = L⁻ᵀ ρ, the problem C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) ρ = γ ρ. The
+    # paper has the symmetric root H^(1/2) in place of L. Both give the same V, up to the signs of
+    # its columns and to rotations inside a repeated γ, and SAdam does the same with either sign.
+    L = torch.linalg.cholesky(H)                        # H = L Lᵀ, (..., d, d)
+    X = torch.linalg.solve_triangular(L, C_task, upper=False)        # X = L⁻¹ C_task
+    M = torch.linalg.solve_triangular(L, X.mT, upper=False)          # M = L⁻¹ C_task L⁻ᵀ
+    gamma, R = eigh(M)                                  # M = R diag(γ) Rᵀ                  Eq. 16
+
+    # eigh sorts γ from small to large, and we want it to fall. Rounding can leave a γ below 0.
+    gamma = gamma.flip(-1)[..., :k].clamp(min=0)        # (..., k)
+    R = R.flip(-1)[..., :k]                             # (..., d, k)
+    V = torch.linalg.solve_triangular(L.mT, R, upper=True)           # V = L⁻ᵀ R            Eq. 17
+    return gamma.to(C_pre.dtype), V.to(C_pre.dtype)
+
+
+# ---- 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction ---------------
+#
+# How should A move? Write it in the coordinates of V, A = Ā Vᵀ: column i of Ā (r, k) says how much
+# A uses direction i. By the chain rule the gradient for Ā is Ḡ = G V (Eq. 18-19), and a step ΔĀ is
+# the step ΔA = ΔĀ Vᵀ (Eq. 24). SAdam needs no more than these two products, so that Ā itself is
+# never stored. With k < d_in, A keeps what A0 has outside the span of V.
+#
+# In these coordinates forgetting is plain squared length, since Vᵀ H V = I:
+#
+#     R(ΔĀ Vᵀ) = |ΔĀ|² = Σ_i |ΔĀ_i|²,        U(ΔĀ Vᵀ) = Σ_i γ_i |ΔĀ_i|²
+#
+# Adam moves every coordinate by about lr, however small its gradient is. So without a gate each
+# direction would cost the same forgetting, about lr² for each row of A, whether its γ is 9 or 0.01.
+
+def spectral_gate(gamma, lam, s_min):
+    """How much of Adam's step passes along each direction: s = max(γ / (γ + λ), s_min) (Eq. 22).
+
+    With λ = 1 and s_min = 0, directions of γ = 9, 1 and 0.1 have the gates 0.9, 0.5 and 0.09.
+
+    gamma     (..., k), >= 0
+    lam       λ > 0, the γ whose gate is one half
+    s_min     the floor, from 0 to 1
+    returns   (..., k), from s_min to 1
+    """
+    gate = gamma / (gamma + lam)
+    return gate.clamp(min=s_min)
+
+
+def adam_direction(G, m, v, t, betas=(0.9, 0.999), eps=1e-8):
+    """Adam's step for the gradient G, before the learning rate. The moments m and v, of G's shape,
+    are updated in place. t counts the steps from 1."""
+    beta1, beta2 = betas
+    m.mul_(beta1).add_(G, alpha=1 - beta1)              # m ← β₁ m + (1 - β₁) G             Eq. 20
+    v.mul_(beta2).addcmul_(G, G, value=1 - beta2)       # v ← β₂ v + (1 - β₂) G²
+    m_hat = m / (1 - beta1 ** t)                        # the moments begin at 0: correct   Eq. 21
+    v_hat = v / (1 - beta2 ** t)                        # the bias towards it
+    return m_hat / (v_hat.sqrt() + eps)
+
+
+def sadam_direction(G, V, gate, m, v, t, betas=(0.9, 0.999), eps=1e-8):
+    """SAdam's step for A, before the learning rate (Eq. 18-24).
+
+    G          (..., r, d), the loss's gradient for A
+    V, gate    (..., d, k) and (..., k), from generalized_eigenbasis and spectral_gate
+    m, v, t    moments (..., r, k), updated in place, and the number of this step, from 1
+    returns    (..., r, d)
+    """
+    # [ours] V may be bfloat16, which halves its memory. Then these two products are, too.
+    G_bar = (G.to(V.dtype) @ V).to(m.dtype)             # Ḡ = G V, (..., r, k)           Eq. 18-19
+    step = adam_direction(G_bar, m, v, t, betas, eps)   # (..., r, k)                    Eq. 20-21
+    # The gate acts on the step. A factor on the gradient would be divided out again by √v̂.
+    step = step * gate[..., None, :]                    # column i times s_i             Eq. 23
+    return (step.to(V.dtype) @ V.mT).to(G.dtype)        # ΔA = ΔĀ Vᵀ, (..., r, d)        Eq. 24
+
+
+class SAdam(torch.optim.Optimizer):
+    """Adam with a spectral gate for the matrices A, and plain Adam for all else (3.3).
+
+    params    parameters or groups, as for torch.optim.Adam. A group may have "basis" V (d, k) and
+              "gate" (k,): its parameters (r, d) then move by sadam_direction. Groups without a
+              basis get torch.optim.Adam's numbers. A group's "scale" multiplies its learning rate
+    lr        learning rate. A schedule may change each group's "lr" at any time
+    betas     decay of the two moments
+    eps       added to √v̂
+
+    state_dict holds the bases, too: computed again they may differ in signs, and the moments would
+    not fit. In the paper B is trained by AdamW without weight decay, which is Adam.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        defaults = dict(lr=lr, betas=betas, eps=eps, scale=1.0, basis=None, gate=None)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step on all parameters that have a gradient. Returns the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p, group):
+        G, V, gate = p.grad, group["basis"], group["gate"]
+        state = self.state[p]
+        if not state:                                   # the first step of p
+            shape = G.shape if V is None else (*G.shape[:-1], V.shape[-1])
+            state["step"] = 0
+            state["exp_avg"] = G.new_zeros(shape)       # m, as torch.optim.Adam calls it
+            state["exp_avg_sq"] = G.new_zeros(shape)    # v
+        state["step"] += 1
+        moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        how = dict(betas=group["betas"], eps=group["eps"])
+        if V is None:
+            step = adam_direction(G, *moments, **how)
+        else:
+            require_float32(p)                          # Part II
+            step = sadam_direction(G, V, gate, *moments, **how)
+        p.sub_(group["lr"] * group["scale"] * step)     # A ← A + ΔA
+
+    def load_state_dict(self, state_dict):
+        """As torch's. ValueError if the state was saved with bases of other shapes."""
+        check_bases(self.param_groups, state_dict["param_groups"])           # Part II
+        super().load_state_dict(state_dict)
+        move_bases(self.param_groups)                                        # Part II
+
+
+# ---- B.3  The start: A0 reads what pretraining text hardly has -----------------------------------
+#
+# Where should A begin? ΔB A0 X_pre, the first term of Eq. 3, grows with B. It stays small if the
+# rows of A0 are the directions in which pretraining text has the least energy, the eigenvectors
+# U_perp (d, r) of C_pre with the smallest eigenvalues. Then A0 = U_perpᵀ, and |A0 X_pre|² is the
+# sum of the r smallest eigenvalues, the least that r orthonormal rows can have.
+#
+# And B? The paper lets the adapter take over what W0 does along these directions, so that the
+# layer still computes W0 x at the start:
+#
+#     B0 = κ⁻¹ W0 U_perp,        W_res = W0 - κ B0 A0,        W_res + κ B0 A0 = W0
+#
+# [ours] We begin with B0 = 0, as LoRA does: W0 stays as it is. In bfloat16 the rounding of W_res
+# would change the model before the first step, and an adapter could not simply be taken off again.
+
+def null_space(C_pre, rank):
+    """A0 = U_perpᵀ: the eigenvectors of C_pre with the smallest eigenvalues, as rows (B.3).
+
+    C_pre     (..., d, d), symmetric, positive semidefinite
+    rank      r <= d
+    returns   (..., r, d), orthonormal rows, in the dtype of C_pre
+    """
+    _, U = eigh(C_pre.double())                         # columns by rising eigenvalue
+    U_perp = U[..., :rank]                              # (..., d, r)
+    return U_perp.mT.to(C_pre.dtype).contiguous()
+
+
+def paper_start(W0, A0, kappa):
+    """The paper's B0 = κ⁻¹ W0 U_perp, (d_out, r), for W0 (d_out, d_in) and A0 (r, d_in)."""
+    W0 = W0.float()
+    return W0 @ A0.to(W0).mT / kappa
+
+
+class LoRALinear(nn.Linear):
+    """y = W_res x + κ B A x + bias: a frozen nn.Linear and a trainable adapter of rank r.
+
+    linear    the layer to adapt. Its weight and bias are taken over, and the weight is frozen
+    A0        the start of A, (r, d_in)
+    B0        the start of B, (d_out, r). None: 0, as in LoRA. Else W_res = W0 - κ B0 A0
+    alpha     κ = alpha / r. None: κ = 1
+
+    A and B are float32 whatever the layer is, since small steps would be rounded away in bfloat16.
+    The class is an nn.Linear, so that code which looks for one still finds it. But from_pretrained
+    knows no lora_A and ignores it without an error: use save_adapter or merge.
+    """
+
+    def __init__(self, linear, A0, B0=None, alpha=None):
+        d_out, d_in, rank = linear.out_features, linear.in_features, len(A0)
+        super().__init__(d_in, d_out, bias=False, device="meta")             # no memory yet
+        self.scaling = alpha / rank if alpha else 1.0   # κ
+        device = linear.weight.device
+        A0 = A0.to(device, torch.float32)
+        W = linear.weight.detach()
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        if B0 is None:
+            B0 = A0.new_zeros(d_out, rank)
+        else:
+            B0 = B0.to(device, torch.float32)
+            W_res = W.float() - self.scaling * B0 @ A0  # W_res = W0 - κ B0 A0               B.3
+            W = W_res.to(W.dtype)
+            # What is learned is W - W0 = κ (B A - B0 A0): it cannot be told without the start.
+            self.start_A, self.start_B = A0.clone(), B0.clone()
+        self.weight = nn.Parameter(W, requires_grad=False)
+        self.bias = linear.bias
+        self.lora_A = nn.Parameter(A0.clone())
+        self.lora_B = nn.Parameter(B0.clone())
+
+    def forward(self, input):
+        x = input                                       # (..., d_in)
+        Ax = x @ self.lora_A.to(x.dtype).mT             # (..., r)
+        BAx = Ax @ self.lora_B.to(x.dtype).mT           # (..., d_out)
+        return F.linear(x, self.weight, self.bias) + self.scaling * BAx
+
+
+# ---- 3.4, B.4  Pretraining text from the model itself --------------------------------------------
+#
+# Where does the text behind C_pre come from? The data that a model was pretrained on is seldom
+# public. But a good model is close to it. Let α be how much the true distribution is smoothed. If
+# the model's logits are within η of the smoothed true ones, then by Theorem 3.1 the KL between true
+# and sampled texts of T tokens is at most T (2 η - log(1 - α)). So we sample from the model itself,
+# from nothing but the token that begins a text (Eq. 27). Only this part needs a Hugging Face model.
+
+# B.4: the share of the samples, and how they are drawn.
+DECODING = (
+    (0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),
+    (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
+    (0.1, dict(temperature=1.2, top_p=0.98, top_k=50)),
+)
+
+
+def is_degenerate(tokens):
+    """Whether B.4's screen rejects a text, a list of token ids, as too short or too repetitive."""
+    n = len(tokens)
+    if n < 32:
+        return True
+    longest_run = max(len(list(run)) for _, run in itertools.groupby(tokens))
+    if longest_run >= 20:
+        return True
+    if n >= 128 and len(set(tokens)) / n < 0.12:        # the share of different tokens
+        return True
+    if n >= 256:
+        fours = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))
+        return len(set(fours)) / len(fours) < 0.25      # and of different 4-grams
+    return False
+
+
+def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_new_tokens=512,
+                       batch_size=64, seed=0, progress=None):
+    """Sample pretraining text from the model by B.4's protocol (Eq. 27).
+
+    model, tokenizer   a Hugging Face decoder-only model and its tokenizer
+    num_samples        how many texts; the paper has 2,000
+    min_new_tokens     no end of sequence before so many tokens; the paper's 128
+    max_new_tokens     a text is cut there; the paper's 512
+    batch_size         texts that are sampled side by side
+    seed               the texts depend on it, and on batch_size, device and dtype. The global
+                       random state is left as it was
+    progress           called with 1 for each accepted text, such as the update of a tqdm bar
+    returns            a list of LongTensors (length,), each from its begin-of-sequence token on,
+                       without its end-of-sequence token
+    raises             RuntimeError if nearly all texts are degenerate or duplicates
+    """
+    device = model.device
+    bos, ends = start_and_end_tokens(model, tokenizer)  # Part II
+    how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
+               eos_token_id=ends, pad_token_id=ends[0])
+    shares = torch.tensor([share for share, _ in DECODING])
+    accepted, seen, rejected, waiting = [], set(), 0, []
+    with plain_mode(model), own_random_state(device, seed):
+        while len(accepted) < num_samples:
+            # Each missing text draws its decoding. Sorted, so that texts of one decoding stand
+            # together and one call of generate can sample up to batch_size of them.
+            if not waiting:
+                missing = num_samples - len(accepted)
+                drawn = torch.multinomial(shares, missing, replacement=True)
+                waiting = sorted(drawn.tolist())
+            kind = waiting[0]
+            count = min(batch_size, waiting.count(kind))
+            waiting = waiting[count:]
+            start = torch.full((count, 1), bos, device=device)
+            mask = torch.ones_like(start)
+            _, decoding = DECODING[kind]
+            rows = model.generate(start, attention_mask=mask, **decoding, **how)
+            for row in rows[:, 1:].tolist():            # without the BOS
+                tokens = list(itertools.takewhile(lambda token: token not in ends, row))
+                text = tokenizer.decode(tokens)
+                if text in seen or is_degenerate(tokens):
+                    rejected += 1
+                else:
+                    accepted.append(torch.tensor([bos, *tokens]))
+                    if progress:
+                        progress(1)
+                seen.add(text)
+            # [ours] The paper repeats until it has enough. A model that only stammers would never.
+            if rejected > 64 + 10 * len(accepted):
+                raise RuntimeError(f"the model's own text is degenerate: {rejected} samples were "
+                                   f"rejected and {len(accepted)} accepted. Give other texts")
+        # They stand in the order of their decoding: shuffle, so that the first n are a sample, too.
+        return [accepted[i] for i in torch.randperm(num_samples)]
+
+
+# ---- The recipe ----------------------------------------------------------------------------------
+
+# The paper's setting of what is ours to choose by default: prepare(..., **folora.PAPER).
+PAPER = dict(lam=1.0, s_min=0.3, basis_rank=None, zero_start=False, scale_lr_B=False)
+
+# One call of eigh gets a stack of at most this many bytes, but at least one matrix. About eight
+# such stacks exist at a time. 64 MiB are 25 layers of width 576, or 2 of width 2,048.
+STACK_BYTES = 2 ** 26
+
+
+def unit_energy(C):
+    """C / (its mean eigenvalue), (..., d, d). An input that is always 0 stays 0.
+
+    [ours] The paper leaves the units open. In these, γ compares shares of energy: it does not
+    change if the task's text is longer or its activations are larger, one τ and one λ serve all
+    layers, and so does one learning rate, since V's columns shrink as H grows.
+    """
+    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)        # trace / d, the mean eigenvalue
+    return C / mean.clamp(min=1e-30)[..., None, None]
+
+
+def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
+    """From covariances to directions: A0, V and γ of every input that the adapted layers read.
+
+    C_pre, C_task   from collect_covariances
+    rank            r, the rows of A0
+    tau             [ours] the ridge, in mean eigenvalues of C_pre
+    basis_rank      k, how many directions to keep (None: all)
+    progress        called with the number of inputs that have been solved
+    device          where to solve. A GPU is many times faster
+    returns         [{"modules": names of layers that share an input, "A0": (rank, d_in),
+                    "gamma": (k,), "V": (d_in, k)}], tensors on the CPU
+    """
+    inputs = {}                                         # the two matrices -> the layers they serve
+    for name in C_pre:
+        key = id(C_pre[name]), id(C_task[name])
+        inputs.setdefault(key, []).append(name)
+    groups = list(inputs.values())                      # q, k and v are one group
+
+    solved = {}                                         # a group's first layer -> its directions
+    for names in stacks_of_equal_width(groups, C_pre):  # Part II
+        pre = torch.stack([C_pre[name] for name in names]).to(device)        # (n, d, d)
+        task = torch.stack([C_task[name] for name in names]).to(device)      # (n, d, d)
+        pre, task = unit_energy(pre), unit_energy(task)
+        gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)        # (n, k), (n, d, k)
+        A0 = null_space(pre, rank)                                           # (n, r, d)
+        for i, name in enumerate(names):
+            directions = {"A0": A0[i], "gamma": gamma[i], "V": V[i]}
+            solved[name] = {key: own_copy(t) for key, t in directions.items()}
+        if progress:
+            progress(len(names))
+    return [{"modules": names, **solved[names[0]]} for names in groups]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, scale_lr_B=True):
+    """Put adapters on the layers of `bases`, freeze all else, and return their optimiser.
+
+    model        adapted in place
+    bases        from decompose
+    returns      SAdam, with a group for the A of each input and one for each B
+    others       as in prepare
+    """
+    freeze(model)                                       # Part II: a wrapped model keeps its choice
+    spectral, plain = [], []
+    for basis in bases:
+        A0, V = basis["A0"], basis["V"]
+        gate = spectral_gate(basis["gamma"], lam, s_min)
+        As = []
+        for name in basis["modules"]:
+            layer = model.get_submodule(name)
+            length = row_length(layer)                  # of W0's rows: Part II
+            if has_adapter(layer):                      # another library's: Part II
+                restart_adapter(layer, A0)
+            else:
+                kappa = alpha / len(A0) if alpha else 1.0
+                B0 = None                               # [ours] B starts at 0
+                if not zero_start:
+                    B0 = paper_start(layer.weight, A0, kappa)
+                layer = LoRALinear(layer, A0, B0, alpha)
+                model.set_submodule(name, layer)
+            (A, B, kappa), = factors(layer)             # Part II
+            As.append(A)
+
+            # How fast should B learn? In Adam all entries of B move by about lr a step. [ours] With
+            # this scale the first step gives the rows of κ B a length of lr times that of W0's
+            # rows, so that one lr serves layers and models of every size. A needs no scale: its
+            # steps are measured in V's coordinates, in shares of the input's energy.
+            scale = 1.0
+            if scale_lr_B:
+                scale = length / (math.sqrt(len(A)) * kappa)
+            plain.append({"params": [B], "scale": scale})
+        # [ours] float16 is no choice for V: small gradients would vanish in it.
+        half = layer.weight.dtype == torch.bfloat16
+        V = V.to(A.device, torch.bfloat16 if half else torch.float32)
+        spectral.append({"params": As, "basis": V, "gate": gate.to(A.device)})
+    optimizer = SAdam(spectral + plain + other_groups(model, spectral + plain), lr)
+    guard(model, bases, spectral + plain)               # Part II: against a Trainer's own AdamW
+    return optimizer
+
+
+def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
+            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96,
+            scale_lr_B=True):
+    """FoLoRA in one call: adapt a model in place, freeze the rest, and return its optimiser.
+
+    Move and cast the model before. A PEFT model keeps its own rank, alpha, targets and whatever
+    else is trainable in it.
+
+    pretrain_batches   dicts for model(**batch), of text that must not be forgotten
+    task_batches       the same of the target task; the paper has 256 examples
+    lr                 learning rate of A. B's is scaled, see scale_lr_B
+    rank, alpha        of the adapters. κ = alpha / rank. [ours] alpha None: κ = 1
+    tau                [ours] the ridge τ, in mean eigenvalues of C_pre
+    lam                λ, the γ at which the gate is one half. A larger one learns and forgets less
+    s_min              the gate's floor. [ours] 0; the paper has 0.3
+    target_modules     names of layers or their ends, or "all-linear"
+    zero_start         [ours] True: B starts at 0. False: the paper's B0 = κ⁻¹ W0 A0ᵀ
+    basis_rank         [ours] k, the directions in which A may move. None: all, as in the paper. A
+                       larger one learns and forgets more
+    scale_lr_B         [ours] True: B's rate is lr times the length of W0's rows over √r κ. False:
+                       B has A's rate, as in the paper
+    returns            SAdam
+    raises             ValueError, before the model has run, for what cannot be adapted
+    """
+    check_numbers(lr, alpha, tau, lam, s_min, basis_rank)                    # Part II
+    rank = check_model(model, target_modules, rank, zero_start)              # Part II
+    device = next(model.parameters()).device
+
+    C_pre = collect_covariances(model, pretrain_batches, target_modules)     # 3.1
+    C_task = collect_covariances(model, task_batches, target_modules)
+    bases = decompose(C_pre, C_task, rank, tau, basis_rank, device=device)   # 3.2, B.3
+    bases = same_in_all_processes(bases)                                     # Part II
+    return attach(model, bases, lr, alpha, lam, s_min, zero_start, scale_lr_B)
+
+
+@torch.no_grad()
+def merge(model):
+    """Put an nn.Linear with W = W_res + κ B A in place of each LoRALinear. Returns the model."""
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    for name, layer in adapted:
+        BA = layer.lora_B @ layer.lora_A
+        W = layer.weight.float() + layer.scaling * BA   # float32, and rounded once
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
+        linear.bias = layer.bias
+        model.set_submodule(name, linear)
+    return model
+
+
+# ==================================================================================================
+# Part II: fitting it to real models
+# ==================================================================================================
+#
+# Nothing below is in the paper. Each function says what breaks without it.
+
+# ---- Which layers are adapted, and whose adapters they have --------------------------------------
+
+def factors(layer):
+    """[(A, B, κ)] of a layer: one for a LoRALinear, one for each active adapter of PEFT's.
+
+    PEFT keeps them in dicts under the adapters' names. No peft is imported: its layers are known by
+    a lora_A that is an nn.ModuleDict."""
     if isinstance(layer, LoRALinear):
         return [(layer.lora_A, layer.lora_B, layer.scaling)]
-    A = getattr(layer, "lora_A", None)
-    names = layer.active_adapters if isinstance(A, nn.ModuleDict) else ()
-    return [(A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names if n in A]
+    if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+            for name in names]
+
+
+def has_adapter(layer):
+    return bool(factors(layer))
+
+
+def is_peft_model(model):
+    return hasattr(model, "peft_config")
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
-    """The layers to adapt, {full name: module}: PEFT's if it has wrapped the model, else each
-    nn.Linear whose name ends in one of target_modules (Appendix B: a block's seven projections).
-    "all-linear" is all but the output head. ValueError: one cannot be adapted with this rank."""
-    wrapped = {name: m for name, m in model.named_modules() if _adapters(m)}
-    for name, module in wrapped.items():
-        (A, B, _), *more = _adapters(module)
-        odd = more or A.ndim != 2 or len(A) > A.shape[1] or hasattr(module, "parameter_name")
-        if odd or B.any() or not A.requires_grad or not hasattr(model, "peft_config"):
-            raise ValueError(f"{name} needs one linear, trainable adapter, B = 0, rank <= width: "
-                             "set PEFT's init_lora_weights=True, or merge a trained adapter")
+    """The layers to adapt, {full name: module}, in the model's order.
+
+    In a PEFT model they are those that PEFT has wrapped, and target_modules is not used. Else they
+    are each nn.Linear whose name ends in one of target_modules, or with "all-linear" every one but
+    the output head. ValueError: a layer cannot be adapted, or not with this rank."""
+    wrapped = {name: m for name, m in model.named_modules() if has_adapter(m)}
     if wrapped:
+        for name, module in wrapped.items():
+            check_adapter(model, name, module)
         return wrapped
+
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    head, found = getattr(model, "get_output_embeddings", lambda: None)(), {}
-    for end in [target_modules] if isinstance(target_modules, str) else target_modules:
-        some = {name: m for name, m in linears.items() if f".{name}".endswith(f".{end}")
-                or end == "all-linear" and m is not head}
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    if isinstance(target_modules, str):
+        target_modules = [target_modules]
+    found = set()
+    for end in target_modules:
+        some = {name for name, m in linears.items() if f".{name}".endswith(f".{end}")}
+        if end == "all-linear":
+            some = {name for name, m in linears.items() if m is not head}
         if not some:
-            raise ValueError(f"no nn.Linear {end}: {sorted({n.split('.')[-1] for n in linears})}")
+            names = sorted({name.split(".")[-1] for name in linears})
+            raise ValueError(f"no nn.Linear is called {end}: there are {names}")
         found |= some
+
+    targets = {name: m for name, m in linears.items() if name in found}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, m in found.items():
-        if (type(m), type(m.weight)) != (nn.Linear, nn.Parameter) or uses[id(m.weight)] > 1:
+    for name, m in targets.items():
+        # bitsandbytes and others have subclasses, or weights that are no floating numbers. Merging
+        # one layer's adapter into a weight that two share, such as a tied head, would change both.
+        plain = type(m) is nn.Linear and type(m.weight) is nn.Parameter
+        if not plain or uses[id(m.weight)] > 1:
             raise ValueError(f"{name} is quantised (use get_peft_model) or shares its weight")
         if not 0 < rank <= m.in_features:
             raise ValueError(f"rank {rank} is not from 1 to {m.in_features}, {name}'s width")
-    return {name: m for name, m in linears.items() if name in found}       # in the model's order
+    return targets
+
+
+def check_adapter(model, name, layer):
+    """PEFT has many kinds of adapters. Ours needs the plain one, at its start, and alone: SAdam
+    would train anything else towards something that PEFT does not compute."""
+    (A, B, _), *more = factors(layer)
+    is_linear = A.ndim == 2 and not hasattr(layer, "parameter_name")         # target_parameters
+    fresh = not B.any() and A.requires_grad
+    if more or not is_linear or not fresh or len(A) > A.shape[1] or not is_peft_model(model):
+        raise ValueError(f"{name} needs one linear, trainable adapter, B = 0, rank <= width: set "
+                         "PEFT's init_lora_weights=True, or merge a trained adapter first")
+
+
+def restart_adapter(layer, A0):
+    """Let PEFT's adapter begin at A0 and B = 0. PEFT's rank_pattern may give a layer fewer rows."""
+    (A, B, _), = factors(layer)
+    A.data = A0[:len(A)].to(A.device, copy=True)
+    B.data = torch.zeros_like(B, dtype=A0.dtype)
+
+
+def freeze(model):
+    """Freeze all parameters. PEFT has done so, and left trainable what its user wants trained."""
+    if not is_peft_model(model):
+        model.requires_grad_(False)
+
+
+def other_groups(model, groups):
+    """[a group] of what else is trainable in a PEFT model, such as modules_to_save, or [].
+
+    [ours] It gets plain Adam at a tenth of lr: a whole weight needs smaller steps than a factor."""
+    ours = {id(p) for group in groups for p in group["params"]}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    return [{"params": others, "scale": 0.1}] if others else []
+
+
+def row_length(layer):
+    """The root mean square length of W0's rows, or 1 where W0 is 0.
+
+    A layer that PEFT has wrapped may be quantised in one of many formats. So W0 is read as the
+    layer's output for the identity matrix, without its bias, which every format can compute."""
+    base, weight = getattr(layer, "base_layer", layer), layer.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    # An input that needs a gradient keeps bitsandbytes from repacking its weights (see below).
+    identity = torch.eye(layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
+    no_bias = {} if base.bias is None else {"bias": torch.zeros_like(base.bias)}
+    W0 = torch.func.functional_call(base, no_bias, (identity,))              # W0ᵀ (d_in, d_out)
+    length = W0.float().norm().item() / math.sqrt(layer.out_features)
+    return length or 1.0
+
+
+# ---- Refusals, before any long work --------------------------------------------------------------
+
+def check_numbers(lr, alpha, tau, lam, s_min, basis_rank):
+    """NaN and numbers out of range would show as a loss that is not finite, or not at all."""
+    positive = dict(lr=lr, tau=tau, lam=lam, alpha=alpha, basis_rank=basis_rank)
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, not {value}")
+    if not 0 <= s_min <= 1:
+        raise ValueError(f"s_min must be from 0 to 1, not {s_min}")
+
+
+def check_model(model, target_modules, rank, zero_start):
+    """Refuse what cannot be adapted. Returns the rank: a PEFT model has its own, or several."""
+    targets = find_targets(model, target_modules, rank)
+    if not is_peft_model(model):
+        return rank
+    if not zero_start:
+        raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
+    return max(len(A) for layer in targets.values() for A, _, _ in factors(layer))
+
+
+def require_float32(p):
+    """TRL casts the adapters of a quantised model to bfloat16, in which steps are rounded away."""
+    if p.element_size() < 4:
+        raise ValueError(f"cast to {p.dtype}, as TRL does: p.data = p.data.float() for all")
+
+
+def guard(model, bases, groups):
+    """Refuse to let another optimiser train the adapters, as a Trainer without `optimizers` would:
+    it would run, learn, and forget. The hook sees the steps of all optimisers in the process, so it
+    goes when the adapted layers go."""
+    for group in groups:
+        for p in group["params"]:
+            p.needs_sadam = True
+    handle = register_optimizer_step_pre_hook(refuse_others)
+    layer = model.get_submodule(bases[0]["modules"][0])
+    weakref.finalize(layer, handle.remove).atexit = False
+
+
+def refuse_others(optimizer, *_):
+    for group in optimizer.param_groups:
+        if "basis" not in group and any(hasattr(p, "needs_sadam") for p in group["params"]):
+            raise ValueError("give the Trainer the optimiser of prepare: "
+                             "optimizers=(optimizer, None)")
+
+
+# ---- What a model reads --------------------------------------------------------------------------
+
+def to_device(batch, device):
+    return {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
+
+
+def real_tokens(x, mask):
+    """The rows (tokens, d_in) of a layer's input x whose attention_mask is not 0.
+
+    Padding would count as text otherwise. A mask that does not fit is not used: a pooler reads one
+    row a text, and an expert some of the tokens, flattened. So do not pad what experts read."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is not None and mask.numel() == len(rows):
+        rows = rows[mask.flatten().bool().to(rows.device)]
+    return rows
 
 
 @contextmanager
 def plain_mode(model):
-    """Evaluation mode, and a default generation_config in place of a chat model's penalties and
-    beams, which are no part of B.4. Both are put back at the end."""
-    names = {"training", "generation_config"}
-    before = [(m, {key: vars(m)[key] for key in names & {*vars(m)}}) for m in model.modules()]
+    """Evaluation mode, without the checkpoint's own habits of generating. Both are put back.
+
+    Dropout would add noise to the covariances. A chat model's repetition penalty or beams, which
+    its generation_config sets, are no part of B.4's sampling."""
+    names = ("training", "generation_config")
+    before = [(m, {name: vars(m)[name] for name in names if name in vars(m)})
+              for m in model.modules()]
     try:
         for module, kept in before:
-            vars(module).update({key: type(value)() for key, value in kept.items()})
-            # Else bitsandbytes 0.50 on a CPU repacks NF4 weights, whose input then has no gradient.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                    raise ValueError("bitsandbytes has repacked its weights: call prepare earlier")
-                module.support_avx512bf16_for_cpu = False
+            if "training" in kept:
+                module.training = False
+            if "generation_config" in kept:
+                module.generation_config = type(module.generation_config)()
+            keep_weights_differentiable(module)
         yield
     finally:
         for module, kept in before:
             vars(module).update(kept)
 
 
-# ---- 3.1  First-order preservation: covariances for forgetting (Eq. 5-6) and utility (Eq. 7) -----
-@torch.inference_mode(False)
-@torch.no_grad()
-def collect_covariances(model, batches, target_modules=TARGET_MODULES):
-    """C_pre or C_task, depending on the text: {module name: (d_in, d_in) float32 on the CPU}, the
-    mean of x xᵀ (the paper has the sum) over all tokens that a module reads. Modules that read one
-    tensor (q, k, v; gate, up) get one covariance. `batches` are dicts for model(**batch). Tokens
-    whose attention_mask is 0 do not count. Do not pad if the mask does not fit (experts)."""
-    targets, device = find_targets(model, target_modules), next(model.parameters()).device
-    sums, tokens, first_reader = defaultdict(float), Counter(), {}
-    last_input = last_module = mask = None
-    def hook(module, args, kwargs):
-        nonlocal last_input, last_module
-        x = args[0] if args else next(iter(kwargs.values()))
-        if x is not last_input:                                 # `module` is the first to read x
-            last_input, last_module = x, module
-            rows = x.reshape(-1, x.shape[-1]).float()           # (batch * length, d_in)
-            if mask is not None and mask.numel() == len(rows):  # a pooler reads one row a text
-                rows = rows[mask.flatten().bool().to(rows.device)]           # (tokens, d_in)
-            sums[module] += rows.mT @ rows                      # C += X Xᵀ, where X = rowsᵀ
-            tokens[module] += len(rows)
-        first_reader[module] = last_module
-    with plain_mode(model), torch.autocast(device.type, enabled=False), ExitStack() as hooks:
-        for module in targets.values():
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for batch in batches:
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            mask, last_input = batch.get("attention_mask"), None
-            model(**batch)
-    means = {module: total.div_(tokens[module]).cpu() for module, total in sums.items()}
-    for name, module in targets.items():
-        if not tokens[first_reader.get(module)] or not means[first_reader[module]].isfinite().all():
-            raise ValueError(f"{name} has read no token (leave it out?), or numbers not finite")
-    return {name: means[first_reader[module]] for name, module in targets.items()}
+def keep_weights_differentiable(module):
+    """bitsandbytes 0.50 on a CPU repacks NF4 weights at the first call in evaluation mode. Their
+    input then has no gradient, and nothing below them would be trained."""
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError("bitsandbytes has repacked its weights: call prepare before the "
+                             "model is used in evaluation mode")
+        module.support_avx512bf16_for_cpu = False
 
 
-# ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
-# Eq. 4      |(B0 + ΔB) ΔA X_pre| <= |B0 + ΔB| |ΔA X_pre|, so ΔA X_pre is what has to stay small
-# Eq. 5-7    R(ΔA) = tr(ΔA H ΔAᵀ) with H = C_pre + τ I, and U(ΔA) = tr(ΔA C_task ΔAᵀ)
-# Eq. 8-10   for a rank-one ΔA = u vᵀ:  U / R = ρ(v) = vᵀ C_task v / vᵀ H v
-# Eq. 11-15  ρ is stationary where  C_task v = γ H v,  and there  ρ(v) = γ
-# Eq. 16-17  H^(-1/2) C_task H^(-1/2) = R Γ Rᵀ,  V = H^(-1/2) R:  Vᵀ H V = I and Vᵀ C_task V = Γ
-# Since Vᵀ H V = I, forgetting is the squared length of the step in V's coordinates. Adam moves
-# every coordinate by about lr, so without the gate every direction would cost the same forgetting,
-# whatever its use. All functions here take one matrix or a stack of them, (..., d, d).
-def _eigh(M):
-    """torch.linalg.eigh, on the CPU if a GPU's solver fails, as it may where the rank is low."""
+def start_and_end_tokens(model, tokenizer):
+    """(the token that begins a text, [the tokens that end one]). Chat models have several ends.
+    [ours] Some models, such as Qwen's, have no BOS: their texts were separated by EOS."""
+    config = model.generation_config
+    ends = config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        raise ValueError("neither generation_config nor the tokenizer has an eos_token_id: set one")
+    ends = torch.tensor(ends).flatten().tolist()
+    for bos in (tokenizer.bos_token_id, config.bos_token_id, ends[0]):
+        if bos is not None:
+            return bos, ends
+
+
+@contextmanager
+def own_random_state(device, seed):
+    """A seed of its own: sampling must not change what the caller's training draws afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+# ---- Numerics and state --------------------------------------------------------------------------
+
+def eigh(M):
+    """torch.linalg.eigh, on the CPU where a GPU's solver gives up, as it may at a low rank."""
     try:
         return torch.linalg.eigh(M)
     except torch.linalg.LinAlgError:
@@ -154,295 +901,117 @@ def _eigh(M):
         return values.to(M.device), vectors.to(M.device)
 
 
-def generalized_eigenbasis(C_task, C_pre, tau, k=None):
-    """Solve C_task v = γ H v with H = C_pre + τ I, for symmetric semidefinite (..., d, d): the k
-    largest gamma (..., k; None: all), falling, and V (..., d, k) with Vᵀ H V = I and
-    Vᵀ C_task V = Γ. The paper has H's symmetric root. Any L with L Lᵀ = H gives the
-    same V up to signs, which do not change SAdam's step, and to rotations inside a repeated γ."""
-    # float64: float32 errs by cond(H) · 1e-7, and one massive activation makes cond(H) 1e5.
-    H = C_pre.to(torch.float64, copy=True)
-    H.diagonal(dim1=-2, dim2=-1).add_(tau)                      # Eq. 6: H = C_pre + τ I
-    L = torch.linalg.cholesky(H)                                # L Lᵀ = H
-    # Eq. 16 with L⁻¹ for H^(-1/2): M = L⁻¹ C_task L⁻ᵀ = R Γ Rᵀ.
-    X = torch.linalg.solve_triangular(L, C_task.double(), upper=False)       # L⁻¹ C_task
-    M = torch.linalg.solve_triangular(L, X.mT, upper=False)     # L⁻¹ C_task L⁻ᵀ
-    gamma, R = _eigh(M)                                         # γ rises
-    gamma, R = gamma.flip(-1)[..., :k], R.flip(-1)[..., :k]     # the k largest, falling
-    V = torch.linalg.solve_triangular(L.mT, R, upper=True)      # Eq. 17: V = L⁻ᵀ R
-    return gamma.clamp(min=0).to(C_pre), V.to(C_pre)
+def stacks_of_equal_width(groups, C_pre):
+    """Lists of first layers whose matrices can be stacked: of one width, in at most STACK_BYTES."""
+    widths = {}
+    for names in groups:
+        widths.setdefault(len(C_pre[names[0]]), []).append(names[0])
+    for d, names in widths.items():
+        size = max(1, STACK_BYTES // (8 * d * d))       # float64 has 8 bytes
+        for i in range(0, len(names), size):
+            yield names[i:i + size]
 
 
-# ---- 3.3  SAdam: Adam in the coordinates of V, its step gated along each direction ---------------
-def spectral_gate(gamma, lam, s_min):
-    """The gate (..., k) of gamma (..., k). lam > 0 is the γ with gate one half; s_min in [0, 1]."""
-    return (gamma / (gamma + lam)).clamp(min=s_min)             # Eq. 22: max(γ / (γ + λ), s_min)
+def own_copy(t):
+    """On the CPU, in memory of its own: a view would be saved with all of the stack behind it."""
+    return t.cpu().clone(memory_format=torch.contiguous_format)
 
 
-class SAdam(torch.optim.Optimizer):
-    """Adam with a spectral gate for A, and plain Adam for all else. The matrices A (r, d_in) of a
-    group with a "basis" (d_in, k) and a "gate" (k,) move in the basis' span only, with moments
-    (r, k). Other groups get torch.optim.Adam's numbers, times the group's "scale". state_dict holds
-    bases and gates, since bases that are computed again may differ in signs."""
-
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, scale=1, basis=None, gate=None))
-
-    def load_state_dict(self, state_dict):
-        shape = lambda group: getattr(group.get("basis"), "shape", None)
-        if [*map(shape, self.param_groups)] != [*map(shape, state_dict["param_groups"])]:
-            raise ValueError("the saved optimiser has other bases: prepare with the same arguments")
-        super().load_state_dict(state_dict)
-        for group in filter(shape, self.param_groups):          # torch moves moments, not bases
-            group |= {k: group[k].to(group["params"][0].device) for k in ("basis", "gate")}
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], **group)
-        return loss
-
-    def _update(self, p, G, state, lr, betas, eps, scale, basis, gate, **_):
-        V, (beta1, beta2) = basis, betas
-        if V is not None:
-            if p.element_size() < 4:                            # its steps would be rounded away
-                raise ValueError(f"cast to {p.dtype}, as TRL does: p.data = p.data.float() for all")
-            G = (G.to(V.dtype) @ V).to(p.dtype)                 # Eq. 18-19: Ḡ = G V, (r, k)
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
-        state["step"] += 1
-        m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        m.lerp_(G, 1 - beta1)                                   # Eq. 20: m ← β₁ m + (1 - β₁) Ḡ
-        v.mul_(beta2).addcmul_(G, G, value=1 - beta2)           #         v ← β₂ v + (1 - β₂) Ḡ²
-        m_hat, v_hat = m / (1 - beta1 ** t), v / (1 - beta2 ** t)                # Eq. 21
-        step = m_hat / (v_hat.sqrt() + eps)
-        if V is not None:
-            # The gate scales the step. A factor on the gradient would be divided out again by √v̂.
-            step = ((step * gate).to(V.dtype) @ V.mT).to(p.dtype)                # Eq. 23-24: (r, d)
-        p.sub_(lr * scale * step)
-
-
-@register_optimizer_step_pre_hook
-def _refuse_others(optimizer, *_):
-    """Refuse to let AdamW train the adapters, as a Trainer without `optimizers` would."""
-    plain = (p for group in optimizer.param_groups if "basis" not in group for p in group["params"])
-    if any(hasattr(p, "needs_sadam") for p in plain):
-        raise ValueError("give the Trainer the optimiser of prepare: optimizers=(optimizer, None)")
-
-
-# ---- B.3  The start: A0 spans the input directions with the least energy on pretraining text -----
-def null_space(C, rank):
-    """A0 = U_perpᵀ (..., rank, d): the eigenvectors of C (..., d, d) of smallest eigenvalue. With
-    it the first term of Eq. 3, ΔB A0 X_pre, is nearly zero."""
-    _, U = _eigh(C.double())                                    # eigenvalues rise
-    return U[..., :rank].mT.to(C.dtype).contiguous()
-
-
-class LoRALinear(nn.Linear):
-    """A frozen nn.Linear plus a trainable term, y = W_res x + κ B A x, from A0 (r, d_in) and B0
-    (d_out, r; None: B.3's κ⁻¹ W0 A0ᵀ). κ is alpha / r, or 1 without alpha. It starts as W0, up to
-    rounding. A and B are float32. from_pretrained would ignore them: use save_adapter or merge."""
-
-    def __init__(self, linear, A0, B0=None, alpha=None):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.bias, self.scaling = linear.bias, alpha / len(A0) if alpha else 1.0
-        W0, A0 = linear.weight.detach().float(), A0.to(linear.weight.device, torch.float32)
-        B0 = W0 @ A0.mT / self.scaling if B0 is None else B0.to(W0)          # κ⁻¹ W0 U_perp
-        self.lora_A, self.lora_B = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
-        self.start = (A0, B0) if B0.any() else None
-        self.weight = nn.Parameter((W0 - self.scaling * B0 @ A0).to(linear.weight.dtype), False)
-
-    def forward(self, input):
-        Ax = input @ self.lora_A.to(input.dtype).mT             # (..., d_in) -> (..., r)
-        return self.scaling * (Ax @ self.lora_B.to(input.dtype).mT) + super().forward(input)
-
-
-# ---- The recipe: covariances, bases, adapters and their optimiser; after training, merge ---------
-STACK_BYTES = 2 ** 26              # of the float64 matrices that one call of eigh gets, at most
-
-
-def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
-    """[{"modules": layers with one input, "A0": (rank, d_in), "gamma": (k,), "V": (d_in, k)} on the
-    CPU]. Each covariance is divided by its mean eigenvalue, so that γ compares shares of energy
-    and one τ and one λ serve all layers. `progress` is called with the number of inputs solved."""
-    readers, solved, stacks = {}, {}, []
-    for name in C_pre:
-        readers.setdefault((id(C_pre[name]), id(C_task[name])), []).append(name)
-    first = [names[0] for names in readers.values()]
-    for d in sorted({len(C_pre[name]) for name in first}):
-        names = [name for name in first if len(C_pre[name]) == d]
-        size = max(1, STACK_BYTES // (8 * d * d))
-        stacks += [names[i:i + size] for i in range(0, len(names), size)]
-    for names in stacks:
-        pre, task = (torch.stack([C[name] for name in names]).to(device) for C in (C_pre, C_task))
-        for C in (pre, task):
-            C /= C.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-        gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank or None)
-        A0 = null_space(pre, rank)
-        for i, name in enumerate(names):
-            some = {"A0": A0[i], "gamma": gamma[i], "V": V[i]}
-            solved[name] = {key: t.cpu().clone().contiguous() for key, t in some.items()}
-        progress and progress(len(names))
-    return [{"modules": names, **solved[names[0]]} for names in readers.values()]
-
-
-def _row_length(layer):
-    """The root mean square length of the rows of W0, or 1 if that is 0. W0 is read as the layer's
-    output for the identity, without the bias: a layer that PEFT has wrapped may be quantised."""
-    base, weight = getattr(layer, "base_layer", layer), layer.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    inputs = torch.eye(layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
-    no_bias = {} if base.bias is None else {"bias": torch.zeros_like(base.bias)}
-    W0 = torch.func.functional_call(base, no_bias, (inputs,))   # (d_in, d_out)
-    return W0.float().norm().item() / math.sqrt(layer.out_features) or 1.0
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True):
-    """Put an adapter on every layer of `bases`, freeze all else, and return SAdam. PEFT's adapters
-    start anew, and what else is trainable in its model gets plain Adam at a tenth of lr."""
-    is_peft, spectral, plain = hasattr(model, "peft_config"), [], []
-    is_peft or model.requires_grad_(False)
-    for basis in bases:
-        A0, As = basis["A0"], []
-        for name in basis["modules"]:
-            layer = model.get_submodule(name)
-            if not is_peft:
-                B0 = A0.new_zeros(layer.out_features, len(A0)) if zero_start else None
-                layer = LoRALinear(layer, A0, B0, alpha)
-                model.set_submodule(name, layer)
-            (A, B, kappa), = _adapters(layer)
-            if is_peft:                                         # each layer may have its own rank
-                A.data = A0[:len(A)].to(A.device, copy=True)
-                B.data = torch.zeros_like(B, dtype=A0.dtype)
-            # B's first step from 0 makes κ B's rows about lr times as long as W0's, so that one lr
-            # serves layers and models of every scale. The paper's start gets plain Adam for B.
-            scale = _row_length(layer) / (math.sqrt(len(A)) * kappa) if zero_start else 1.0
-            plain.append({"params": [B], "scale": scale})
-            A.needs_sadam = B.needs_sadam = True
-            As.append(A)
-        # A bfloat16 basis takes half the memory. float16 would lose small gradients.
-        dtype = torch.bfloat16 if layer.weight.dtype == torch.bfloat16 else torch.float32
-        gate = spectral_gate(basis["gamma"], lam, s_min).to(A.device)
-        spectral.append({"params": As, "basis": basis["V"].to(A.device, dtype), "gate": gate})
-    others = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "needs_sadam")]
-    plain += [{"params": others, "scale": 0.1}] if others else []
-    return SAdam(spectral + plain, lr)
-
-
-def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
-            s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96):
-    """FoLoRA in one call: adapt `model`, cast and moved before, in place, freeze the rest, return
-    its optimiser. PEFT's models keep their own rank, alpha, targets and trainable parameters.
-
-    pretrain_batches   dicts for model(**batch), of text that must not be forgotten
-    task_batches       the same of the target task; 256 examples in the paper
-    lr, tau            A's rate (B's is scaled to W0); the ridge, in mean eigenvalues of C_pre
-    rank, alpha        of the adapters; κ = alpha / rank (None: 1)
-    lam, s_min         the γ at which the gate is one half, and the gate's floor (paper: 0.3)
-    zero_start         start from B = 0 on the untouched W0; False: from the paper's κ⁻¹ W0 A0ᵀ
-    basis_rank         k, the directions for A (None: all); a larger k learns and forgets more"""
-    if not all(x > 0 for x in (lr, tau, lam, alpha or 1, basis_rank or 1)) or not 0 <= s_min <= 1:
-        raise ValueError(f"out of range: {lr=} {tau=} {lam=} {s_min=} {alpha=} {basis_rank=}")
-    targets = find_targets(model, target_modules, rank)         # refuses what cannot be adapted
-    if hasattr(model, "peft_config"):
-        rank = max(len(A) for layer in targets.values() for A, _, _ in _adapters(layer))
-        if not zero_start:
-            raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
-    C_pre, C_task = (collect_covariances(model, batches, target_modules)
-                     for batches in (pretrain_batches, task_batches))
-    bases = decompose(C_pre, C_task, rank, tau, basis_rank, None, next(model.parameters()).device)
+def same_in_all_processes(bases):
+    """Under torchrun, the first process's bases: two solvers may differ in signs."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(bases)          # two solvers may differ in signs
-    return attach(model, bases, lr, alpha, lam, s_min, zero_start)
+        torch.distributed.broadcast_object_list(bases)
+    return bases
 
 
-@torch.no_grad()
-def merge(model):
-    """Put an nn.Linear, W = W_res + κ B A, in place of each LoRALinear. PEFT: merge_and_unload."""
-    for name, layer in [item for item in model.named_modules() if isinstance(item[1], LoRALinear)]:
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        W = layer.weight.float() + layer.scaling * layer.lora_B @ layer.lora_A
-        linear.weight, linear.bias = nn.Parameter(W.to(layer.weight.dtype), False), layer.bias
-        model.set_submodule(name, linear)
-    return model
+def check_bases(ours, saved):
+    """The moments are coordinates in the saved basis: with another k they fit nothing."""
+    shapes = [[getattr(group.get("basis"), "shape", None) for group in groups]
+              for groups in (ours, saved)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the saved optimiser has other bases: prepare with the same arguments")
 
+
+def move_bases(groups):
+    """torch moves loaded moments to their parameter's device, but not what else a group holds."""
+    for group in groups:
+        if group["basis"] is not None:
+            device = group["params"][0].device
+            group["basis"] = group["basis"].to(device)
+            group["gate"] = group["gate"].to(device)
+
+
+# ---- Saving --------------------------------------------------------------------------------------
 
 def save_adapter(model, directory):
-    """Write the adapters in PEFT's format, to be loaded on the untouched base model. From B = 0
-    they have rank r. The paper's start needs W - W0 = κ (B A - B0 A0), of rank 2 r."""
-    model = getattr(model, "module", model)                     # inside DistributedDataParallel
-    layers = {name.replace("_orig_mod.", ""): m                 # torch.compile's
+    """Write adapter_model.safetensors and adapter_config.json, which PEFT loads on the base model.
+
+    From B = 0 the adapter has rank r. The paper's start has changed W0 as well, and there the
+    update W - W0 = κ (B A - B0 A0) is written as one adapter of rank 2 r:
+    [B, -B0] [A; A0]. ValueError: the model has no LoRALinear."""
+    from safetensors.torch import save_file             # comes with transformers
+    model = getattr(model, "module", model)             # inside DistributedDataParallel
+    layers = {name.replace("_orig_mod.", ""): m         # torch.compile adds this to the names
               for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
-    header, data = {"__metadata__": {"format": "pt"}}, bytearray()
+    tensors = {}
     for name, layer in layers.items():
-        A, B = layer.lora_A.float().cpu(), layer.lora_B.float().cpu()
-        A0, B0 = (t.cpu() for t in layer.start or (A[:0], B[:, :0]))
-        for factor, t in ("lora_A", torch.cat([A, A0])), ("lora_B", torch.cat([B, -B0], dim=1)):
-            values, begin = t.contiguous(), len(data)
-            data += ctypes.string_at(values.data_ptr(), values.nbytes)       # needs no numpy
-            header[f"base_model.model.{name}.{factor}.weight"] = {
-                "dtype": "F32", "shape": list(t.shape), "data_offsets": [begin, len(data)]}
-    rank, out, text = len(A) + len(A0), Path(directory), json.dumps(header).encode()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-              "r": rank, "lora_alpha": layer.scaling * rank, "target_modules": list(layers),
-              "base_model_name_or_path": getattr(model, "name_or_path", None)}
+        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        if layer.start_A is not None:
+            A = torch.cat([A, layer.start_A])           # (2 r, d_in)
+            B = torch.cat([B, -layer.start_B], dim=1)   # (d_out, 2 r)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = own_copy(A.float())
+        tensors[f"base_model.model.{name}.lora_B.weight"] = own_copy(B.float())
+    rank = len(A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "target_modules": list(layers),
+        "r": rank,
+        "lora_alpha": layer.scaling * rank,             # PEFT's κ is lora_alpha / r
+    }
+    out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    # The safetensors format: the header's length in 8 bytes, the header in JSON, the numbers.
-    text += b" " * (-len(text) % 8)                             # the numbers begin at 8 n bytes
-    (out / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-# ---- 3.4, B.4  Pretraining text from the model itself (this part needs a Hugging Face model) -----
-DECODING = ((0.7, dict(temperature=1.0, top_p=1.0, top_k=0)),   # share of the samples, how drawn
-            (0.2, dict(temperature=1.0, top_p=0.95, top_k=0)),
-            (0.1, dict(temperature=1.2, top_p=0.98, top_k=50)))
+# ==================================================================================================
+# A small example: python folora.py
+# ==================================================================================================
+
+def toy():
+    """A layer with four inputs. The pretraining text uses the first two and the task the middle
+    two, so that only the third can be used without forgetting. Prints V and one step."""
+    torch.manual_seed(0)
+    names = ["text only", "text and task", "task only", "neither"]
+    C_pre = torch.diag(torch.tensor([4.0, 2.0, 0.1, 0.1]))
+    C_task = torch.diag(torch.tensor([0.1, 2.0, 2.0, 0.1]))
+    C_task[1, 2] = C_task[2, 1] = 1.0                   # on the task these two go together
+    tau, lam, lr = 0.01, 1.0, 0.1
+    H = C_pre + tau * torch.eye(4)
+
+    gamma, V = generalized_eigenbasis(C_task, C_pre, tau)
+    gate = spectral_gate(gamma, lam, s_min=0.0)
+    print("Directions (columns of V) by utility per unit of forgetting:\n")
+    print(f"{'γ':>16}", *(f"{x:8.3f}" for x in gamma))
+    print(f"{'gate γ/(γ+λ)':>16}", *(f"{x:8.3f}" for x in gate))
+    for name, row in zip(names, V):
+        print(f"{name:>16}", *(f"{x:8.3f}" for x in row))
+    error = (V.mT @ H @ V - torch.eye(4)).abs().max().item()
+    print(f"\nVᵀ H V is the identity, up to {error:.0e}.\n")
+
+    G = torch.randn(2, 4)                               # the loss's gradient for A (r = 2, d = 4)
+    zeros = torch.zeros(2, 4)
+    adam = -lr * adam_direction(G, zeros.clone(), zeros.clone(), t=1)
+    sadam = -lr * sadam_direction(G, V, gate, zeros.clone(), zeros.clone(), t=1)
+    print(f"{'one step of':>16} {'forgetting R':>14} {'utility U':>12} {'U / R':>8}")
+    for name, step in (("Adam", adam), ("SAdam", sadam)):
+        R, U = energy(step, H).item(), energy(step, C_task).item()
+        print(f"{name:>16} {R:14.4f} {U:12.4f} {U / R:8.2f}")
 
 
-def is_degenerate(tokens):
-    """B.4's screen of one text, a list of token ids."""
-    n, fours = len(tokens), set(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))
-    runs = [len(list(run)) for _, run in itertools.groupby(tokens)]
-    return (n < 32 or max(runs) >= 20 or n >= 128 and len(set(tokens)) / n < 0.12
-            or n >= 256 and len(fours) / (n - 3) < 0.25)
-
-
-def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_new_tokens=512,
-                       batch_size=64, seed=0, progress=None):
-    """Sample pretraining text from the model (Eq. 27) by B.4's protocol: ancestral sampling from
-    BOS, a decoding drawn from a mixture, degenerate text and duplicates rejected. The LongTensors
-    begin with BOS (the tokenizer's, else the configuration's, else EOS) and depend on the seed,
-    batch_size, device and dtype. `progress` is called with 1 for each."""
-    config, device = model.generation_config, model.device
-    eos = torch.tensor(config.eos_token_id or tokenizer.eos_token_id).flatten().tolist()
-    bos = next(t for t in (tokenizer.bos_token_id, config.bos_token_id, *eos) if t is not None)
-    how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
-               eos_token_id=eos, pad_token_id=eos[0])
-    shares = torch.tensor([share for share, _ in DECODING])
-    kept, seen, rejected, todo = [], set(), 0, []
-    with plain_mode(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        while (missing := num_samples - len(kept)) > 0:
-            todo = todo or sorted(torch.multinomial(shares, missing, replacement=True).tolist())
-            start = torch.full((min(batch_size, todo.count(todo[0])), 1), bos, device=device)
-            rows = model.generate(start, attention_mask=torch.ones_like(start),
-                                  **DECODING[todo[0]][1], **how)[:, 1:].tolist()
-            todo = todo[len(rows):]
-            for row in rows:
-                ids = list(itertools.takewhile(lambda token: token not in eos, row))
-                text = tokenizer.decode(ids)
-                if text in seen or is_degenerate(ids):
-                    rejected += 1
-                else:
-                    kept.append(torch.tensor([bos, *ids]))
-                    progress and progress(1)
-                seen.add(text)
-            if rejected > 64 + 10 * len(kept):
-                raise RuntimeError(f"{rejected} texts rejected, {len(kept)} accepted: degenerate")
-        return [kept[i] for i in torch.randperm(num_samples)]   # kept is sorted by decoding
+if __name__ == "__main__":
+    toy()

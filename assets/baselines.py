@@ -86,7 +86,7 @@ def add_adapters(method, model, options, C_pre=None, alpha=None):
         W, kappa = base.weight.detach().float(), alpha / rank if alpha else 1.0
         C = C_pre[name].to(W) if method in NEEDS_C_PRE else None
         A0 = torch.nn.Linear(base.in_features, rank, bias=False).weight.detach()       # LoRA's
-        factors = start(W, C, rank, kappa) if start else (A0, W.new_zeros(len(W), rank))
+        factors = start(W, C, rank, kappa) if start else (A0, None)
         adapter = folora.LoRALinear(base, *factors, alpha)
         model.set_submodule(name, adapter)
         if method == "lora-null-v2":

@@ -144,18 +144,15 @@ def preparation_rows(name, repetitions, layers, rank, k, ours, theirs):
         yield row(f"{what}: {part}, PEFT's CorDA on {read(theirs)} / FoLoRA", ratios, None, bar)
 
 
-def eigen_rows(d, repetitions, tokens=12000, rank=128):
-    """One input with a decaying spectrum, solved in full and by block iterations."""
+def eigen_rows(d, rank=128):
+    """The basis and the null space of one input of width d, with a decaying spectrum."""
     scale = torch.logspace(0, -3, d)
-    x = [(torch.randn(tokens, d) * scale[torch.randperm(d)]).to(DEVICE) for _ in range(2)]
-    C_pre, C_task = (x.mT @ x * d / x.square().sum() for x in x)             # mean eigenvalue 1
-    basis = lambda k: folora.generalized_eigenbasis(C_task, C_pre, 0.01, k)
-    full = lambda: (basis(None), torch.linalg.eigh(C_pre)[1][:, :rank].mT.contiguous())
-    part = lambda: (basis(64), folora.null_space(C_pre, rank))
-    whole, parts = alternate([full, part], repetitions, warm_up=0)
-    yield row(f"one input of d_in = {d} solved: k = 64, r = {rank}, s", parts)
-    ratios = [a / b for a, b in zip(whole, parts)]
-    yield row(f"one input of d_in = {d} solved: full / k = 64, r = {rank}", ratios, None, 5)
+    x = [(torch.randn(12000, d) * scale[torch.randperm(d)]).to(DEVICE) for _ in range(2)]
+    C_pre, C_task = (folora.unit_energy(x.mT @ x) for x in x)
+    parts = {"basis": lambda: folora.generalized_eigenbasis(C_task, C_pre, 0.01),
+             "null space": lambda: folora.null_space(C_pre, rank)}
+    for part, work in parts.items():
+        yield row(f"one input of d_in = {d}: {part}, s", [seconds(work)])
 
 
 def gpu_rows(quick, count):
@@ -201,7 +198,8 @@ def main():
     rows = [*step_rows(lambda: load()[0], name, count, 1.003, rank, batch, length),
             *preparation_rows(options.model, count, layers, rank, 96, same * 2, same),
             *preparation_rows(options.model, count, layers, rank, 0, same * 2, same),
-            *memory_rows(), *eigen_rows(320 if quick else 8960, 1),
+            *memory_rows(),
+            *(row for d in ((64, 320) if quick else (1536, 8960)) for row in eigen_rows(d)),
             *preparation_rows(options.model, 1, layers, rank, 96, ours, theirs),
             row(f"{texts} texts of up to {tokens} tokens sampled, s", [seconds(sample)]),
             *(gpu_rows(quick, count) if CUDA or quick else ())]

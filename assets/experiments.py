@@ -96,7 +96,7 @@ def load(suite, fresh):
     options = options_of(suite, "folora", [], 0)
     model, tokenizer, examples, tasks = train_math.load(options)
     tasks["nll"] = tasks["nll"][FRESH_TEST if fresh else slice(None)]
-    answers = {name: [with_answer(tokenizer, ev.TASKS[name][1], *pair) for pair in tasks.pop(name)]
+    answers = {name: [with_answer(tokenizer, ev.TASKS[name].prompt, *pair) for pair in tasks.pop(name)]
                for name in {"nq_open", "webqs"} & {*tasks}}
     how, length = FRESH_TEXT if fresh else {}, min(256, options.calibration_max_tokens)
     texts = cached(how, lambda _: ev.held_out(model, tokenizer, length, **how), options)
@@ -143,8 +143,8 @@ def scores_of(shared, exact, scale=1.0):
     return {name: float(f"{score:.5g}") for name, score in scores.items()}
 
 
-# What no option of train_math.py does: fields of the optimiser's groups, but for "one lr" of A's.
-CHANGES = {"one lr": {"scale": 1.0}, "A slow": {"scale": 1 / 3}, "A frozen": {"scale": 0.0},
+# What no option of train_math.py does: other fields in the optimiser's groups of A.
+CHANGES = {"A slow": {"scale": 1 / 3}, "A frozen": {"scale": 0.0},
            "plain Adam": {"basis": None, "gate": None}}
 
 
@@ -153,7 +153,7 @@ def run(shared, suite, setting):
     method, flags, change, seed = setting.values()
     options = options_of(suite, method, flags, seed)
     base, examples, bases, C_pre = shared.model, shared.examples, None, None
-    texts = cached("texts", train_math.calibration_texts, options, base, shared.tokenizer)
+    texts = cached("texts", train_math.sample, options, base, shared.tokenizer)
     if method == "folora":
         bases = cached("bases", train_math.solve, options, base, texts, examples)
     if method in baselines.NEEDS_C_PRE:
@@ -164,9 +164,10 @@ def run(shared, suite, setting):
         optimizer = baselines.add_adapters(method, model, options, C_pre)
     else:
         optimizer = train_math.add_adapters(options, model, bases)
-    for group, (name, fields) in itertools.product(optimizer.param_groups, CHANGES.items()):
-        if name in (change or "") and (name == "one lr" or group.get("basis") is not None):
-            group.update(fields)
+    for group in optimizer.param_groups:
+        if group.get("basis") is not None:
+            for name in filter(None, (change or "").split(", ")):
+                group.update(CHANGES.get(name, {}))
     # Replay takes the place of the KL penalty in the loop: a loss on old texts, with a weight.
     train_math.kl_from_untouched = baselines.replay if change == "replay" else KL
     # An interrupted run goes on from the checkpoint in this directory.
@@ -211,7 +212,7 @@ def gpu(given):
         flags = [*flags.split(), "--epochs", "1", "--out", f"{CACHE}/gpu/{kind}"]
         options = train_math.parse_options([*flags, *given])
         train_math.resolve(options)
-        scores = train_math.run(options, columns.get("untouched"))
+        scores = train_math.experiment(options, columns.get("untouched"))
         columns["untouched"], columns[kind] = scores.values()
     print(ev.table(columns))
 

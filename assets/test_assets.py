@@ -108,16 +108,15 @@ def test_a_suite_scores_the_command_lines_run_and_its_scaled_update_once(
         some = row["scaled"][str(scale)]
         assert some["penalty"] == pytest.approx(scale ** 2 * measures["penalty"], rel=1e-3)
         assert measures["cka"] < some["cka"] < 1 and some["drift"] < scores["drift"]
-    changes = {"A frozen": [0.0, 1], "one lr": [1, 1.0], "plain Adam": [1, 1], "replay": [1, 1]}
+    changes = ["A frozen", "A slow, plain Adam", "replay"]
     settings += [("", *experiments.grid(f"folora --lam 1 ; {change}")[0]) for change in changes]
     train = Mock(side_effect=FloatingPointError)                     # diverged runs have no row
     monkeypatch.setattr(train_math, "train", train)
     experiments.run_all("tiny", suite)
     assert len(experiments.read("tiny")["runs"]) == 1 and train.call_count == len(changes)
-    for change, call in zip(changes, train.call_args_list):
-        a, *_, b = call.args[2].param_groups
-        assert (a["scale"], a["basis"] is None) == (change != "A frozen", change == "plain Adam")
-        assert (b["scale"] == 1) == (change == "one lr")
+    found = [(a["scale"], a["basis"] is None, b["scale"] == 1) for a, *_, b in
+             (call.args[2].param_groups for call in train.call_args_list)]
+    assert found == [(0.0, False, False), (1 / 3, True, False), (1.0, False, False)]
     assert train_math.kl_from_untouched is baselines.replay
     train_math.kl_from_untouched = experiments.KL
 
@@ -146,7 +145,7 @@ smollm2: NLL and KL (drift) in nat per token
 | LoRA | lr 1e-3 | 2.050 ± 0.071 | 0.310 ± 0.014 | - |
 | MiLoRA | lr 3e-4 | 2.550 ± 0.071 | 0.0600 ± 0.0141 | - |
 | FoLoRA | basis-rank 32 lam 1 lr 3e-3 | 2.100 | 0.800 | 1.000 |
-|  | preset paper zero-start 1 lam 1 s-min 0 lr 3e-3 one lr | 2.600 | 0.250 | 0.500 |
+|  | preset paper zero-start 1 lam 1 s-min 0 lr 3e-3 | 2.600 | 0.250 | 0.500 |
 smollm2, 26 points, rank correlation with prose: {'drift': 1.0, 'penalty': RHO, 'cka': -1.0}"""
 
 
