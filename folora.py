@@ -949,7 +949,7 @@ def save_adapter(model, directory):
     From B = 0 the adapter has rank r. The paper's start has changed W0 as well, and there the
     update W - W0 = κ (B A - B0 A0) is written as one adapter of rank 2 r:
     [B, -B0] [A; A0]. ValueError: the model has no LoRALinear."""
-    from safetensors.torch import save_file             # comes with transformers
+    from safetensors.torch import save_file  # comes with transformers
     model = getattr(model, "module", model)             # inside DistributedDataParallel
     layers = {name.replace("_orig_mod.", ""): m         # torch.compile adds this to the names
               for name, m in model.named_modules() if isinstance(m, LoRALinear)}

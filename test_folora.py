@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace

@@ -393,9 +393,9 @@ def settings_table():
                 value = "all"
             cells.append(f"{int(value) if isinstance(value, bool) else value:>10}")
         lines.append(f"  --{name.replace('_', '-'):22}" + "".join(cells))
-    lines += [f"  with tiny, --preset paper has --lr {TINY_LEARNING_RATES['paper']} and --method lora "
-              f"{TINY_LEARNING_RATES['lora']}",
-              "[ours], [the paper's]: whose default it is"]
+    paper, lora = TINY_LEARNING_RATES["paper"], TINY_LEARNING_RATES["lora"]
+    lines.append(f"  with tiny, --preset paper has --lr {paper} and --method lora {lora}")
+    lines.append("[ours], [the paper's]: whose default it is")
     return "\n".join(lines)
 
 

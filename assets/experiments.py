@@ -220,7 +220,9 @@ def gpu(given):
 # ---- tables and figures --------------------------------------------------------------------------
 KEYS, MEASURES = ["method", "setting", "scale"], ["drift", "penalty", "cka"]
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
-COLORS = {"FoLoRA": ("C3", 2.5), "FoLoRA + KL": ("C0", 2.5), "LoRA + KL": ("black", 2.5)}
+COLORS = {"LoRA": ("C1", 2), "FoLoRA, the paper's": ("C4", 2), "LoRA + KL": ("black", 2),
+          "FoLoRA": ("C3", 2.5), "FoLoRA + KL": ("C0", 2)}
+DEFAULT = "basis-rank 96 lam 1 lr 3e-3"
 
 
 def measured(name):
@@ -280,25 +282,28 @@ def print_equal_nll(name, data):
 
 
 def draw(panels):
-    """assets/tradeoff.png: KL against NLL, a panel a model, a line a method, labelled beside it."""
+    """assets/tradeoff.png: KL against NLL, a panel a model and a line a method."""
     from matplotlib import pyplot
-    pyplot.rcParams.update({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False,
-                                   layout="constrained", sharey=True)
-    figure.supxlabel("NLL of GSM8K solutions, nat/token (right: learns more; hollow: scaled down)")
-    axes[0][0].set_ylabel("KL, nat/token (lower: forgets less)")
+    pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels) + 2.5, 4.2),
+                                   squeeze=False, layout="constrained", sharey=True)
+    figure.supxlabel("loss on GSM8K solutions, nat/token (further right: learned more)")
+    axes[0][0].set_ylabel("KL from the untouched model, nat/token\n(lower: forgot less)")
+    shown = {}
     for axis, (title, data) in zip(axes[0], panels.items()):
         axis.set(title=title, yscale="log")
         axis.invert_xaxis()
-        lines, height = undominated(data).groupby("method"), numpy.inf
-        for label in lines.drift.first().sort_values(ascending=False).index:
-            line, (color, width) = lines.get_group(label), COLORS.get(label, ("0.6", 1))
-            axis.plot(line.nll, line.drift, "o-", color=color, lw=width, markersize=4)
-            axis.plot(*line.query("scale < 1").values.T, "ow", markersize=2)
-            height = min(line.drift.iloc[0], height / 1.35)          # below the label before
-            axis.annotate(label, line.iloc[0], (1.08, height), color=color, va="center",
-                          textcoords=axis.get_yaxis_transform(),
-                          arrowprops={"arrowstyle": "-", "lw": 0.3, "relpos": (0, 0.5)})
+        for label, line in undominated(data).groupby("method"):
+            color, width = COLORS.get(label, ("0.75", 1))
+            name = label if label in COLORS else "other rivals"
+            shown[name], = axis.plot(line.nll, line.drift, "o-", color=color, lw=width,
+                                     markersize=4, zorder=1 + width)
+            axis.plot(*line.query("scale < 1").values.T, "ow", markersize=2, zorder=5)
+        default = data[data.setting.eq(DEFAULT) & data.scale.eq(1)][["nll", "drift"]].mean()
+        shown["FoLoRA's default"], = axis.plot(*default, "*", color="C3", markersize=15, zorder=6,
+                                               markeredgecolor="white")
+    names = [name for name in (*COLORS, "FoLoRA's default", "other rivals") if name in shown]
+    figure.legend([shown[name] for name in names], names, loc="outside right center")
     figure.savefig(HERE / "tradeoff.png", dpi=130)
 
 
