@@ -273,12 +273,15 @@ def untouched(model):
     is B = 0 or, where W0 has become W_res, the paper's A0 and B0, up to W_res's rounding."""
     start = {}
     for name, module in model.named_modules():
-        if isinstance(module, folora.LoRALinear):
-            A, B = module.start_A, module.start_B
-            if A is None:
-                A, B = module.lora_A, torch.zeros_like(module.lora_B)
-            start[f"{name}.lora_A"] = A
-            start[f"{name}.lora_B"] = B
+        if not isinstance(module, folora.LoRALinear):
+            continue
+        if module.start_A is not None:
+            start[f"{name}.lora_A"] = module.start_A
+            start[f"{name}.lora_B"] = module.start_B
+            continue
+        for part, p in module.named_parameters():    # B has a longer name where it is parametrised
+            if "lora_B" in part:
+                start[f"{name}.{part}"] = torch.zeros_like(p)
     return lambda **inputs: torch.func.functional_call(model, start, (), inputs)
 
 

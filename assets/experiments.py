@@ -96,7 +96,8 @@ def load(suite, fresh):
     options = options_of(suite, "folora", [], 0)
     model, tokenizer, examples, tasks = train_math.load(options)
     tasks["nll"] = tasks["nll"][FRESH_TEST if fresh else slice(None)]
-    answers = {name: [with_answer(tokenizer, ev.TASKS[name].prompt, *pair) for pair in tasks.pop(name)]
+    answers = {name: [with_answer(tokenizer, ev.TASKS[name].prompt, *pair)
+                      for pair in tasks.pop(name)]
                for name in {"nq_open", "webqs"} & {*tasks}}
     how, length = FRESH_TEXT if fresh else {}, min(256, options.calibration_max_tokens)
     texts = cached(how, lambda _: ev.held_out(model, tokenizer, length, **how), options)

@@ -19,9 +19,9 @@ import folora  # noqa: E402
 import train_math  # noqa: E402
 
 STEPS, LR, TAU, LAM, K, RANK = 5, 3e-3, 0.01, 1.0, 96, 32
-OPTIONS = ("--rank 32 --batch-size 8 --micro-batch-size 4 --gradient-checkpointing 0 --dtype float32 "
-           "--calibration-samples 24 --calibration-max-tokens 160 --max-samples 200 "
-           "--tasks drift").split()
+OPTIONS = ("--rank 32 --batch-size 8 --micro-batch-size 4 --gradient-checkpointing 0 "
+           "--dtype float32 --calibration-samples 24 --calibration-max-tokens 160 "
+           "--max-samples 200 --tasks drift").split()
 
 
 def measure(arguments):
@@ -77,7 +77,7 @@ def draw(found):
     gamma = torch.tensor(found["gamma"])
     gate = folora.spectral_gate(gamma, LAM, 0.0)
     x = range(1, len(gamma) + 1)
-    left.set_title("Every input direction of one layer has a price", loc="left")
+    left.set_title("The price of each input direction of a layer", loc="left")
     left.plot(x, gamma.clamp(min=1e-3), "C0", lw=2)
     left.set(yscale="log", xlabel="direction, by falling γ")
     left.set_ylabel("γ: utility per unit of forgetting", color="C0")
@@ -91,13 +91,13 @@ def draw(found):
     other.set_ylabel("gate: the share of the step that passes", color="C3")
 
     cost = found["R at equal U"]
-    right.set_title("Forgetting R of a step that brings the same utility U", loc="left")
+    right.set_title("Forgetting R of one step, at equal utility U", loc="left")
     base = cost["Adam, as in LoRA"]
     names, shares = list(cost), [100 * value / base for value in cost.values()]
     bars = right.barh(names, shares, color=["0.6", "C0", "C3", "C3"], height=0.6)
     right.bar_label(bars, [f"{share:.3g}%" for share in shares], padding=4)
     right.invert_yaxis()
-    right.set(xlabel="% of Adam's", xlim=(0, 115))
+    right.set(xlabel="% of Adam's", xlim=(0, 1.15 * max(shares)))
     for side in ("top", "right"):
         right.spines[side].set_visible(False)
     figure.savefig(HERE / "method.png", dpi=130)
