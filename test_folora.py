@@ -1107,8 +1107,10 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
         ours, preset = inspect.signature(function).parameters.items(), train_math.PRESETS["tuned"]
         assert all(p.default == preset[name] for name, p in ours if name in preset)
     tuned = train_math.parse_options("--lam 2 --rank 16 --max-steps 1".split())
-    wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.6e-2)
+    wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=1.6e-2,
+                                      basis_rank=128)
     assert wanted.items() <= vars(tuned).items()
+    assert folora.PAPER.items() <= vars(train_math.parse_options(["--preset", "paper"])).items()
     assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)
 
 
