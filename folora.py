@@ -62,7 +62,7 @@ import itertools
 import json
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -121,13 +121,13 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     device = next(model.parameters()).device
 
     # q, k and v read one tensor, and so do gate and up. Its X Xᵀ is computed once, when the first
-    # of them reads it, and added to a sum that belongs to all layers that have read it.
-    sums = {}              # frozenset of layers -> Σ x xᵀ over the tokens that all of them read
-    tokens = Counter()     # frozenset of layers -> the number of these tokens
+    # of them reads it, and added to a sum that belongs to just the layers that have read it.
+    sums = {}              # a frozenset of layers -> Σ x xᵀ over the tokens that all of them read
+    tokens = Counter()     # the same set -> the number of these tokens
     last_x, product, count, readers = None, None, 0, set()
 
     def settle():
-        """The last tensor has been read by all its readers: add its product to their sum."""
+        """No other layer will read the last tensor: add its product to the sum of its readers."""
         if readers:
             key = frozenset(readers)
             if key in sums:
@@ -162,12 +162,15 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             last_x = None
 
     # The paper has sums over tokens. [ours] A mean does not depend on how much text was read.
-    for key, total in sums.items():
-        total /= max(1, tokens[key])                    # in place: the sums become means
+    parts = defaultdict(tuple)      # a layer -> the sets that it is in, nearly always one
+    for key, C in sums.items():
+        C /= max(1, tokens[key])                        # in place: the sums become means
+        for module in key:
+            parts[module] += (key,)
 
     covariances, shared = {}, {}
     for name, module in targets.items():
-        keys = tuple(key for key in sums if module in key)
+        keys = parts[module]
         total = sum(tokens[key] for key in keys)
         if total == 0:
             raise ValueError(f"{name} has read no token: leave it out of target_modules")
@@ -175,10 +178,10 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             C = sums[keys[0]]
             if len(keys) > 1:       # it shares an input with one layer here, with another there
                 C = sum(tokens[key] / total * sums[key] for key in keys)
+            if not C.isfinite().all():
+                raise ValueError(f"{name} reads numbers that are not finite")
             shared[keys] = C.cpu()
         covariances[name] = shared[keys]
-        if not covariances[name].isfinite().all():
-            raise ValueError(f"{name} reads numbers that are not finite")
     return covariances
 
 
@@ -213,7 +216,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     H.diagonal(dim1=-2, dim2=-1).add_(tau)              # H = C_pre + τ I                   Eq. 6
 
     # Cholesky's method turns it into an ordinary symmetric eigenproblem. With H = L Lᵀ, L lower
-    # triangular, and v = L⁻ᵀ ρ, the problem C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) ρ = γ ρ. The
+    # triangular, and v = L⁻ᵀ e, the problem C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) e = γ e. The
     # paper has the symmetric root H^(1/2) in place of L. Both give the same V, up to the signs of
     # its columns and to rotations inside a repeated γ, and SAdam does the same with either sign.
     L = torch.linalg.cholesky(H)                        # H = L Lᵀ, (..., d, d)
