@@ -95,12 +95,13 @@ def test_covariances_are_float32_means_of_x_xT_over_real_tokens(dtype):
     model, few = Block().to(dtype), torch.randn(2, 4, 8, dtype=dtype)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3])
     padded = {"x": torch.randn(3, 5, 8, dtype=dtype), "attention_mask": mask}
-    batches, tokens = [padded, {"x": few}, {"x": few}], {name: [] for name in BLOCK_TARGETS}
+    batches = [padded, {"x": padded["x"]}, {"x": few}, {"x": few}]   # the second without a mask
+    tokens = {name: [] for name in BLOCK_TARGETS}
     with torch.autocast("cpu"):                      # it would make all of them bfloat16
         ours = folora.collect_covariances(model, batches, BLOCK_TARGETS)
     for batch in batches:
         model(**batch)
-        real = batch.get("attention_mask", torch.ones(2, 4)).bool().flatten()
+        real = batch.get("attention_mask", torch.ones(batch["x"].shape[:2])).bool().flatten()
         for name, x in model.inputs.items():
             tokens[name] += x.detach().double().flatten(0, -2)[real]
     alone = folora.collect_covariances(model, batches, "q_proj")             # no other layer reads
