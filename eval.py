@@ -20,8 +20,8 @@ Without --tasks they are those of the second line; for tiny, gsm8k and all its s
                         or else the first model
 
 The rows below are Avg1, the mean preservation score; Avg1(%), relative to the first column; Avg2,
-the mean target score; GM, the root of Avg1 times Avg2. Other benchmarks are lm-eval's: the README
-has its commands.
+the mean target score; GM, the root of Avg1 times Avg2. Other benchmarks are lm-eval's:
+assets/RESULTS.md has its commands.
 
 train_math.py imports from here what both scripts need. By heading: prompts and tasks, errors,
 loading a model, data, the prompt and its labels, the loss and the drift, answers, the table.

@@ -1238,7 +1238,7 @@ def test_each_departure_from_the_paper_is_switched_alone(how, scale, floor, squa
 def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl"), pytest.importorskip("bitsandbytes")
     text = (HERE / "README.md").read_text()
-    assert len(text.splitlines()) <= 130 and len(text.split()) <= 1300
+    assert len(text.split()) <= 1100
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(ev.TINY)
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
@@ -1247,7 +1247,7 @@ def test_the_readme_is_short_and_its_python_runs(tmp_path, monkeypatch):
 
 def test_the_readmes_commands_are_options_that_exist():
     text = "\n".join((HERE / name).read_text() for name in ("README.md", "assets/RESULTS.md"))
-    commands = re.findall(r"train_math\.py(.*?)(?:#.*|`.*)?$", text, re.M)
+    commands = re.findall(r"python train_math\.py(.*?)(?:#.*|`.*)?$", text, re.M)
     assert len(commands) > 2
     for rest in commands:
         train_math.parse_options(rest.split())
