@@ -160,8 +160,13 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
             model(**batch)
             settle()
             last_x = None
+    return means_by_layer(targets, sums, tokens)
 
-    # The paper has sums over tokens. [ours] A mean does not depend on how much text was read.
+
+def means_by_layer(targets, sums, tokens):
+    """{name: mean of x xᵀ} from the sums of collect_covariances, which are overwritten.
+
+    The paper has sums over tokens. [ours] A mean does not depend on how much text was read."""
     parts = defaultdict(tuple)      # a layer -> the sets that it is in, nearly always one
     for key, C in sums.items():
         C /= max(1, tokens[key])                        # in place: the sums become means

@@ -383,7 +383,9 @@ def test_adapters_are_float32_bases_may_be_bfloat16_and_merge_rounds_once(dtype,
     layer, before = model["f"], model["f"].weight.double()
     assert optimizer.param_groups[0]["basis"].dtype == wanted
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-    assert layer(torch.ones(5, 16, dtype=dtype)).dtype == dtype
+    x = torch.randn(5, 16, dtype=dtype)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))   # B = 0
+    assert layer.bias.any() and layer(x).dtype == dtype
     folora.save_adapter(model, tmp_path)
     assert peft.PeftConfig.from_pretrained(tmp_path).task_type is None     # it cannot generate
     W = before + 2 * nn.init.normal_(layer.lora_B).double() @ layer.lora_A.double()
