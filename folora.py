@@ -1,4 +1,4 @@
-"""FoLoRA: LoRA fine-tuning that keeps what the model knows. One file, and it needs PyTorch alone.
+"""FoLoRA: LoRA fine-tuning that keeps what the model knows. The method needs torch alone.
 
 An unofficial reference implementation of "Foundation-Preserving Adaptation via Generalized
 Rayleigh-Quotient Optimization" by Kim, de Wynter, Chen, Kim and Vikalo (arXiv 2606.00132). Numbers
@@ -9,16 +9,19 @@ LoRA adds a trainable product B A to a frozen linear layer W0. It learns the tas
 changes what the layer does on all other text, and so the model forgets. FoLoRA asks of every
 direction in the layer's input: how much does the task use it, and how much does the text of
 pretraining? The answers are in two covariances of the input, C_pre on pretraining text and C_task
-on the task. With H = C_pre + τ I, a change ΔA of A has
+on the task. With H = C_pre + τ I, where τ is a small ridge, a change ΔA of A has
 
-    forgetting       R(ΔA) = tr(ΔA H ΔAᵀ)                 how far A's output moves on old text
-    utility          U(ΔA) = tr(ΔA C_task ΔAᵀ)            how far A's output moves on the task
-    and FoLoRA's is  ΔA = -lr · Adam(G V) · diag(s) · Vᵀ  where G is the loss's gradient for A
+    forgetting   R(ΔA) = tr(ΔA H ΔAᵀ)        mean square change of A's output on old text, + τ |ΔA|²
+    utility      U(ΔA) = tr(ΔA C_task ΔAᵀ)   mean square change of A's output on the task
+
+With G, the gradient of the loss for A, FoLoRA's step of A is
+
+    ΔA = -lr · Adam(G V) · diag(s) · Vᵀ
 
 The columns v of V solve C_task v = γ H v: γ is what a step along v brings in utility for each unit
 of forgetting that it costs. The gate s = γ / (γ + λ) lets useful directions pass and holds back the
-others. A starts where pretraining text has the least energy, and that text needs no data set:
-it is sampled from the model itself.
+others. A starts in the directions in which inputs from pretraining text are smallest on average.
+That text needs no data set: it is sampled from the model itself.
 
     texts = folora.sample_calibration(model, tokenizer, 128)        # what must not be forgotten
     pretrain = [{"input_ids": text[None]} for text in texts]        # batches for model(**batch)
@@ -35,25 +38,32 @@ Letters. d_in and d_out are a layer's widths, r is the rank, k a number of direc
     τ, H              scalar, (d_in, d_in)    tau, H            the ridge; H = C_pre + τ I
     V, γ              (d_in, k), (k,)         V, gamma          directions, utility per forgetting
     s, λ, s_min       (k,), scalars           gate, lam, s_min  gate, the γ of gate 1/2, its floor
-    G, Ḡ, m, v, t     (r, d_in), (r, k), ...  G, G_bar, ...     gradient, moments, steps so far
+    G, Ḡ              (r, d_in), (r, k)       G, G_bar          gradient for A; in V's coordinates
+    m, v, t           (r, k), scalar          m, v, t           Adam's two moments, steps so far
 
-Where we depart from the paper. Each line is marked [ours] again where it happens in the code, and
-each argument switches one thing. prepare(..., **folora.PAPER) is the paper's setting.
+Where we depart from the paper. What changes results is marked [ours] again where it happens. Each
+switch switches one thing, and prepare(..., **folora.PAPER) switches the first four. The learning
+rate, the rank and the amount of text are the caller's: the paper has 2e-5, 128 and 2,000 texts.
 
     the paper                               here, by default                  switch
     all d_in directions                     the 96 of largest γ               basis_rank=None
     floor of the gate: 0.3                  0                                 s_min=0.3
     B0 = κ⁻¹ W0 A0ᵀ, W0 becomes W_res       B0 = 0, W0 stays as it is         zero_start=False
     one learning rate for A and B           B's follows the size of W0        scale_lr_B=False
-    open: sums or means over tokens, units  means, in mean eigenvalues of C   none (decompose)
+    open: sums or means over tokens         means                             none
+    open: the scale of C_pre and C_task     each in its own mean eigenvalues  none (unit_energy)
     open: the size of τ                     0.01 mean eigenvalues of C_pre    tau
     open: the size of κ                     1                                 alpha
+    open: are responses part of C_task?     yes, all that the masks keep      task_batches
     open: the precision of each part        float64 solver, float32 A and B,  none
                                             bfloat16 V on a bfloat16 layer
-    symmetric root H^(1/2)                  a Cholesky factor: the same V     none
+    symmetric root H^(1/2)                  a Cholesky factor: the same V up  none
+                                            to signs, for distinct γ
     a covariance for each layer             one for all that read one tensor  none
-    samples in float16, from BOS, until     in the model's dtype, EOS for     none
-    enough are accepted                     want of a BOS; may give up
+    samples in float16, from BOS, until     the model's dtype; from EOS if    none
+    enough are accepted                     there is no BOS; gives up if
+                                            nearly all are rejected
+    (not treated) PEFT's other weights      plain Adam at a tenth of lr       none
 
 Not included: Appendix D (dense weights), weight decay, schedules, fused experts, offloading, FSDP,
 DeepSpeed, MPS, GradScaler. Schedules and clipping belong to the training loop: see train_math.py.
@@ -83,8 +93,9 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 #
 # What must an update leave alone? Let X_pre (d_in, T) be a layer's inputs on T tokens of
 # pretraining text, one column a token. If W0 changes by ΔW, then the block around it changes, to
-# first order, by a fixed linear function of ΔW X_pre (Eq. 1-2). So ΔW X_pre has to stay small. The
-# adapter adds nothing at the start. Later, with A = A0 + ΔA, B = B0 + ΔB and κ = 1, it adds
+# first order, by a fixed linear function of ΔW X_pre (Eq. 1-2). So ΔW X_pre has to stay small. At
+# the start the adapted layer computes exactly W0 x. Later, with A = A0 + ΔA, B = B0 + ΔB and κ = 1,
+# its output has changed by
 #
 #     ΔW X_pre = ΔB A0 X_pre + (B0 + ΔB) ΔA X_pre                                            (Eq. 3)
 #
@@ -92,14 +103,18 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 #
 #     |(B0 + ΔB) ΔA X_pre| <= |B0 + ΔB|₂ |ΔA X_pre|                                          (Eq. 4)
 #
-# so what remains is to hold down |ΔA X_pre|² = tr(ΔA C_pre ΔAᵀ) with C_pre = X_pre X_preᵀ. One
-# (d_in, d_in) matrix is all that we need to know of a text, however long it is.
+# (|·| is the Frobenius norm, |·|₂ the largest singular value.) So what remains is to hold down
+# |ΔA X_pre|² = tr(ΔA C_pre ΔAᵀ) with C_pre = X_pre X_preᵀ. One (d_in, d_in) matrix is all that we
+# need to know of a text, however long it is. A small ridge τ makes every direction cost something.
+# This is the forgetting; the same for the task, without a ridge, is the utility:
+#
+#     R(ΔA) = tr(ΔA H ΔAᵀ),  H = C_pre + τ I,        U(ΔA) = tr(ΔA C_task ΔAᵀ)             (Eq. 5-7)
 
 def energy(M, C):
-    """The energy of M x, E|M x|² = tr(M C Mᵀ), for inputs x with the second moment C = E[x xᵀ].
+    """tr(M C Mᵀ): the mean square E|M x|² of the outputs for inputs x with C = E[x xᵀ].
 
-    Of a change ΔA of A, this is the forgetting R(ΔA) with C = H (Eq. 5-6), and the utility U(ΔA)
-    with C = C_task (Eq. 7). M is (..., m, d), C is (..., d, d), the result is (...).
+    With M = ΔA it is R(ΔA) for C = H, and U(ΔA) for C = C_task (Eq. 5-7). M is (..., m, d), C is
+    (..., d, d), the result is (...).
     """
     return ((M @ C) * M).sum((-2, -1))
 
@@ -120,11 +135,11 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
     targets = find_targets(model, target_modules)       # {name: module}: Part II
     device = next(model.parameters()).device
 
-    # q, k and v read one tensor, and so do gate and up. Its X Xᵀ is computed once, when the first
-    # of them reads it, and added to a sum that belongs to just the layers that have read it.
+    # q, k and v read one tensor, and so do gate and up. [ours] Its X Xᵀ is computed once, when the
+    # first of them reads it, and added to a sum that belongs to just the layers that have read it.
     sums = {}              # a frozenset of layers -> Σ x xᵀ over the tokens that all of them read
     tokens = Counter()     # the same set -> the number of these tokens
-    last_x, product, count, readers = None, None, 0, set()
+    last_x, mask, product, count, readers = None, None, None, 0, set()
 
     def settle():
         """No other layer will read the last tensor: add its product to the sum of its readers."""
@@ -166,10 +181,11 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 def means_by_layer(targets, sums, tokens):
     """{name: mean of x xᵀ} from the sums of collect_covariances, which are overwritten.
 
-    The paper has sums over tokens. [ours] A mean does not depend on how much text was read."""
+    The paper writes X Xᵀ, a sum, and does not say whether it is divided by the number of tokens.
+    [ours] We take the mean, which does not depend on how much text was read."""
     parts = defaultdict(tuple)      # a layer -> the sets that it is in, nearly always one
     for key, C in sums.items():
-        C /= max(1, tokens[key])                        # in place: the sums become means
+        C /= max(1, tokens[key])    # in place: the sums become means, and 0 where all was padding
         for module in key:
             parts[module] += (key,)
 
@@ -192,9 +208,9 @@ def means_by_layer(targets, sums, tokens):
 
 # ---- 3.2  The generalized eigenbasis: input directions by utility per unit of forgetting ---------
 #
-# Which input directions should an update use? A rank-one update ΔA = u vᵀ moves A's output by
-# R = |u|² vᵀ H v on pretraining text (forgetting, Eq. 6), and by U = |u|² vᵀ C_task v on the task
-# (utility, Eq. 7). The ratio does not depend on u. It is the generalized Rayleigh quotient of v,
+# Which input directions should an update use? A rank-one update ΔA = u vᵀ has the forgetting
+# R = |u|² vᵀ H v (Eq. 6) and the utility U = |u|² vᵀ C_task v (Eq. 7). The ratio does not depend on
+# u. It is the generalized Rayleigh quotient of v,
 #
 #     ρ(v) = U / R = vᵀ C_task v / vᵀ H v                                                 (Eq. 8-10)
 #
@@ -214,25 +230,28 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     returns         gamma (..., k), falling, >= 0, and V (..., d, k), in the dtype of C_pre
     raises          torch.linalg.LinAlgError if H is not positive definite
     """
-    # In float32 the error would be about cond(H) · 1e-7, and one massive activation, such as that
-    # of the first token in many models, makes cond(H) 1e5. So everything is done in float64.
+    # [ours] Everything is done in float64. If one massive activation holds nearly all the energy,
+    # as at the first token of many models, the largest eigenvalue of H is up to d / τ times its
+    # smallest: 1e5 for d = 1,000 and τ = 0.01. Float32 would then err by up to 1e5 · 1e-7: 1%.
     C_task = C_task.double()
     H = C_pre.to(torch.float64, copy=True)
     H.diagonal(dim1=-2, dim2=-1).add_(tau)              # H = C_pre + τ I                   Eq. 6
 
-    # Cholesky's method turns it into an ordinary symmetric eigenproblem. With H = L Lᵀ, L lower
-    # triangular, and v = L⁻ᵀ e, the problem C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) e = γ e. The
-    # paper has the symmetric root H^(1/2) in place of L. Both give the same V, up to the signs of
-    # its columns and to rotations inside a repeated γ, and SAdam does the same with either sign.
+    # [ours] Cholesky's method turns it into an ordinary symmetric eigenproblem. With H = L Lᵀ, L
+    # lower triangular, and v = L⁻ᵀ e, C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) e = γ e.
+    # The paper has the symmetric root H^(1/2) in place of L. Both give the same V, up to the signs
+    # of its columns, and SAdam does the same with either sign. Only where two γ were exactly equal,
+    # which does not happen with real data, could V also be rotated among their columns.
     L = torch.linalg.cholesky(H)                        # H = L Lᵀ, (..., d, d)
-    X = torch.linalg.solve_triangular(L, C_task, upper=False)        # X = L⁻¹ C_task
-    M = torch.linalg.solve_triangular(L, X.mT, upper=False)          # M = L⁻¹ C_task L⁻ᵀ
-    gamma, R = eigh(M)                                  # M = R diag(γ) Rᵀ                  Eq. 16
+    half = torch.linalg.solve_triangular(L, C_task, upper=False)     # L⁻¹ C_task
+    # C_task is symmetric, so the transpose of `half` is C_task L⁻ᵀ.
+    M = torch.linalg.solve_triangular(L, half.mT, upper=False)       # M = L⁻¹ C_task L⁻ᵀ
+    gamma, E = eigh(M)                                  # M = E diag(γ) Eᵀ                  Eq. 16
 
     # eigh sorts γ from small to large, and we want it to fall. Rounding can leave a γ below 0.
     gamma = gamma.flip(-1)[..., :k].clamp(min=0)        # (..., k)
-    R = R.flip(-1)[..., :k]                             # (..., d, k)
-    V = torch.linalg.solve_triangular(L.mT, R, upper=True)           # V = L⁻ᵀ R            Eq. 17
+    E = E.flip(-1)[..., :k]                             # (..., d, k)
+    V = torch.linalg.solve_triangular(L.mT, E, upper=True)           # V = L⁻ᵀ E            Eq. 17
     return gamma.to(C_pre.dtype), V.to(C_pre.dtype)
 
 
@@ -240,8 +259,9 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
 #
 # How should A move? Write it in the coordinates of V, A = Ā Vᵀ: column i of Ā (r, k) says how much
 # A uses direction i. By the chain rule the gradient for Ā is Ḡ = G V (Eq. 18-19), and a step ΔĀ is
-# the step ΔA = ΔĀ Vᵀ (Eq. 24). SAdam needs no more than these two products, so that Ā itself is
-# never stored. With k < d_in, A keeps what A0 has outside the span of V.
+# the step ΔA = ΔĀ Vᵀ (Eq. 24). The products G V and ΔĀ Vᵀ are all that SAdam computes, so that Ā
+# itself is never stored. [ours] With k < d_in it is A = A_rest + Ā Vᵀ: the steps change Ā alone,
+# and A_rest stays as A0 has it.
 #
 # In these coordinates forgetting is plain squared length, since Vᵀ H V = I:
 #
@@ -249,6 +269,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
 #
 # Adam moves every coordinate by about lr, however small its gradient is. So without a gate each
 # direction would cost the same forgetting, about lr² for each row of A, whether its γ is 9 or 0.01.
+# With the gate, below, it costs s² lr²: for λ = 1 that is 0.81 lr² or 0.0001 lr².
 
 def spectral_gate(gamma, lam, s_min):
     """How much of Adam's step passes along each direction: s = max(γ / (γ + λ), s_min) (Eq. 22).
@@ -265,30 +286,32 @@ def spectral_gate(gamma, lam, s_min):
 
 
 def adam_direction(G, m, v, t, betas=(0.9, 0.999), eps=1e-8):
-    """Adam's step for the gradient G, before the learning rate. The moments m and v, of G's shape,
-    are updated in place. t counts the steps from 1."""
+    """Adam's direction D for the gradient G: the step is -lr · D. The moments m and v, of G's
+    shape, are updated in place. t counts the steps from 1."""
     beta1, beta2 = betas
     m.mul_(beta1).add_(G, alpha=1 - beta1)              # m ← β₁ m + (1 - β₁) G             Eq. 20
     v.mul_(beta2).addcmul_(G, G, value=1 - beta2)       # v ← β₂ v + (1 - β₂) G²
-    m_hat = m / (1 - beta1 ** t)                        # the moments begin at 0: correct   Eq. 21
-    v_hat = v / (1 - beta2 ** t)                        # the bias towards it
+    # m and v begin at 0, which makes them too small at first. Eq. 21 corrects that.
+    m_hat = m / (1 - beta1 ** t)
+    v_hat = v / (1 - beta2 ** t)
     return m_hat / (v_hat.sqrt() + eps)
 
 
 def sadam_direction(G, V, gate, m, v, t, betas=(0.9, 0.999), eps=1e-8):
-    """SAdam's step for A, before the learning rate (Eq. 18-24).
+    """SAdam's direction D for A: the step is ΔA = -lr · D (Eq. 18-24).
 
     G          (..., r, d), the loss's gradient for A
     V, gate    (..., d, k) and (..., k), from generalized_eigenbasis and spectral_gate
     m, v, t    moments (..., r, k), updated in place, and the number of this step, from 1
     returns    (..., r, d)
     """
-    # [ours] V may be bfloat16, which halves its memory. Then these two products are, too.
+    # [ours] V may be bfloat16, which halves its memory. Then both products with V are computed in
+    # bfloat16.
     G_bar = (G.to(V.dtype) @ V).to(m.dtype)             # Ḡ = G V, (..., r, k)           Eq. 18-19
-    step = adam_direction(G_bar, m, v, t, betas, eps)   # (..., r, k)                    Eq. 20-21
+    D_bar = adam_direction(G_bar, m, v, t, betas, eps)  # (..., r, k)                    Eq. 20-21
     # The gate acts on the step. A factor on the gradient would be divided out again by √v̂.
-    step = step * gate[..., None, :]                    # column i times s_i             Eq. 23
-    return (step.to(V.dtype) @ V.mT).to(G.dtype)        # ΔA = ΔĀ Vᵀ, (..., r, d)        Eq. 24
+    D_bar = D_bar * gate[..., None, :]                  # column i times s_i             Eq. 23
+    return (D_bar.to(V.dtype) @ V.mT).to(G.dtype)       # D = D̄ Vᵀ, (..., r, d)          Eq. 24
 
 
 class SAdam(torch.optim.Optimizer):
@@ -301,8 +324,9 @@ class SAdam(torch.optim.Optimizer):
     betas     decay of the two moments
     eps       added to √v̂
 
-    state_dict holds the bases, too: computed again they may differ in signs, and the moments would
-    not fit. In the paper B is trained by AdamW without weight decay, which is Adam.
+    state_dict holds the bases, too. The signs of V do not matter to a run that keeps one V, but a V
+    that is computed again may have others, and the saved moments are in the old coordinates. In the
+    paper B is trained by AdamW without weight decay, which is Adam.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -331,14 +355,14 @@ class SAdam(torch.optim.Optimizer):
             state["exp_avg"] = G.new_zeros(shape)       # m, as torch.optim.Adam calls it
             state["exp_avg_sq"] = G.new_zeros(shape)    # v
         state["step"] += 1
-        moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
-        how = dict(betas=group["betas"], eps=group["eps"])
+        m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        betas, eps = group["betas"], group["eps"]
         if V is None:
-            step = adam_direction(G, *moments, **how)
+            D = adam_direction(G, m, v, t, betas, eps)
         else:
             require_float32(p)                          # Part II
-            step = sadam_direction(G, V, gate, *moments, **how)
-        p.sub_(group["lr"] * group["scale"] * step)     # A ← A + ΔA
+            D = sadam_direction(G, V, gate, m, v, t, betas, eps)
+        p.sub_(group["lr"] * group["scale"] * D)        # A ← A + ΔA,  ΔA = -lr · D
 
     def load_state_dict(self, state_dict):
         """As torch's. ValueError if the state was saved with bases of other shapes."""
@@ -388,9 +412,9 @@ class LoRALinear(nn.Linear):
     B0        the start of B, (d_out, r). None: 0, as in LoRA. Else W_res = W0 - κ B0 A0
     alpha     κ = alpha / r. None: κ = 1
 
-    A and B are float32 whatever the layer is, since small steps would be rounded away in bfloat16.
-    The class is an nn.Linear, so that code which looks for one still finds it. But from_pretrained
-    knows no lora_A and ignores it without an error: use save_adapter or merge.
+    [ours] A and B are float32 whatever the layer is, since small steps would be rounded away in
+    bfloat16. The class is an nn.Linear, so that code which looks for one still finds it. But
+    from_pretrained knows no lora_A and ignores it without an error: use save_adapter or merge.
     """
 
     def __init__(self, linear, A0, B0=None, alpha=None):
@@ -408,7 +432,7 @@ class LoRALinear(nn.Linear):
             B0 = B0.to(device, torch.float32)
             W_res = W.float() - self.scaling * B0 @ A0  # W_res = W0 - κ B0 A0               B.3
             W = W_res.to(W.dtype)
-            # What is learned is W - W0 = κ (B A - B0 A0): it cannot be told without the start.
+            # What is learned is W - W0 = κ (B A - B0 A0), so A0 and B0 are kept.
             self.start_A, self.start_B = A0.clone(), B0.clone()
         self.weight = nn.Parameter(W, requires_grad=False)
         self.bias = linear.bias
@@ -425,10 +449,11 @@ class LoRALinear(nn.Linear):
 # ---- 3.4, B.4  Pretraining text from the model itself --------------------------------------------
 #
 # Where does the text behind C_pre come from? The data that a model was pretrained on is seldom
-# public. But a good model is close to it. Let α be how much the true distribution is smoothed. If
-# the model's logits are within η of the smoothed true ones, then by Theorem 3.1 the KL between true
-# and sampled texts of T tokens is at most T (2 η - log(1 - α)). So we sample from the model itself,
-# from nothing but the token that begins a text (Eq. 27). Only this part needs a Hugging Face model.
+# public. But a good model is close to it. Smooth the true next-token distribution by a share α (not
+# LoRA's alpha). If the model's logits are within η of its log-probabilities after every prefix that
+# can occur, then Theorem 3.1 bounds the divergence KL(true || model) of texts of T tokens by
+# T (2 η - log(1 - α)). So we sample from the model itself, from nothing but the token that begins a
+# text (Eq. 27). Only this part needs a Hugging Face model.
 
 # B.4: the share of the samples, and how they are drawn.
 DECODING = (
@@ -462,7 +487,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     num_samples        how many texts; the paper has 2,000
     min_new_tokens     no end of sequence before so many tokens; the paper's 128
     max_new_tokens     a text is cut there; the paper's 512
-    batch_size         texts that are sampled side by side
+    batch_size         texts that are sampled side by side, [ours] in the model's dtype
     seed               the texts depend on it, and on batch_size, device and dtype. The global
                        random state is left as it was
     progress           called with 1 for each accepted text, such as the update of a tqdm bar
@@ -501,7 +526,8 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                     if progress:
                         progress(1)
                 seen.add(text)
-            # [ours] The paper repeats until it has enough. A model that only stammers would never.
+            # [ours] The paper repeats until it has enough. A model that only repeats itself would
+            # never get there.
             if rejected > 64 + 10 * len(accepted):
                 raise RuntimeError(f"the model's own text is degenerate: {rejected} samples were "
                                    f"rejected and {len(accepted)} accepted. Give other texts")
@@ -511,7 +537,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
 
 # ---- The recipe ----------------------------------------------------------------------------------
 
-# The paper's setting of what is ours to choose by default: prepare(..., **folora.PAPER).
+# The paper's values of the arguments whose defaults may differ: prepare(..., **folora.PAPER).
 PAPER = dict(lam=1.0, s_min=0.3, basis_rank=None, zero_start=False, scale_lr_B=False)
 
 # One call of eigh gets a stack of at most this many bytes, but at least one matrix. About eight
@@ -522,9 +548,9 @@ STACK_BYTES = 2 ** 26
 def unit_energy(C):
     """C / (its mean eigenvalue), (..., d, d). An input that is always 0 stays 0.
 
-    [ours] The paper leaves the units open. In these, γ compares shares of energy: it does not
-    change if the task's text is longer or its activations are larger, one τ and one λ serve all
-    layers, and so does one learning rate, since V's columns shrink as H grows.
+    [ours] The paper leaves the scale open. C_pre and C_task are each divided by their own mean
+    eigenvalue. γ then compares which share of the task's energy E|x|² a direction has with which
+    share of the pretraining text's, so that the same τ, λ and learning rate can serve every layer.
     """
     mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)        # trace / d, the mean eigenvalue
     return C / mean.clamp(min=1e-30)[..., None, None]
@@ -570,10 +596,10 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
 
     model        adapted in place
     bases        from decompose
-    returns      SAdam, with a group for the A of each input and one for each B
+    returns      SAdam, with one parameter group for all A that share an input, and one for each B
     others       as in prepare
     """
-    freeze(model)                                       # Part II: a wrapped model keeps its choice
+    freeze(model)                                       # Part II
     spectral, plain = [], []
     for basis in bases:
         A0, V = basis["A0"], basis["V"]
@@ -581,7 +607,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
         As = []
         for name in basis["modules"]:
             layer = model.get_submodule(name)
-            length = row_length(layer)                  # of W0's rows: Part II
+            length = row_length(layer)                  # ℓ of W0's rows: Part II
             if has_adapter(layer):                      # another library's: Part II
                 restart_adapter(layer, A0)
             else:
@@ -591,21 +617,24 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
                     B0 = paper_start(layer.weight, A0, kappa)
                 layer = LoRALinear(layer, A0, B0, alpha)
                 model.set_submodule(name, layer)
-            (A, B, kappa), = factors(layer)             # Part II
+            [(A, B, kappa)] = factors(layer)            # Part II
             As.append(A)
 
-            # How fast should B learn? In Adam all entries of B move by about lr a step. [ours] With
-            # this scale the first step gives the rows of κ B a length of lr times that of W0's
-            # rows, so that one lr serves layers and models of every size. A needs no scale: its
-            # steps are measured in V's coordinates, in shares of the input's energy.
+            # How fast should B learn? Adam moves all entries of B by about lr a step. [ours] Let ℓ
+            # be the root mean square length of W0's rows. With this scale the first step changes
+            # each row of κ B by a vector of length lr · ℓ, so that one lr serves layers and models
+            # of every size. A needs no scale: in V's coordinates a step of size lr always costs
+            # the same forgetting.
             scale = 1.0
             if scale_lr_B:
                 scale = length / (math.sqrt(len(A)) * kappa)
             plain.append({"params": [B], "scale": scale})
-        # [ours] float16 is no choice for V: small gradients would vanish in it.
-        half = layer.weight.dtype == torch.bfloat16
-        V = V.to(A.device, torch.bfloat16 if half else torch.float32)
-        spectral.append({"params": As, "basis": V, "gate": gate.to(A.device)})
+        # [ours] V is bfloat16 on a bfloat16 layer and float32 on any other. Small gradients would
+        # vanish in float16.
+        device, dtype = As[0].device, torch.float32
+        if layer.weight.dtype == torch.bfloat16:        # the layers of one input have one dtype
+            dtype = torch.bfloat16
+        spectral.append({"params": As, "basis": V.to(device, dtype), "gate": gate.to(device)})
     optimizer = SAdam(spectral + plain + other_groups(model, spectral + plain), lr)
     guard(model, bases, spectral + plain)               # Part II: against a Trainer's own AdamW
     return optimizer
@@ -616,24 +645,26 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
             scale_lr_B=True):
     """FoLoRA in one call: adapt a model in place, freeze the rest, and return its optimiser.
 
-    Move and cast the model before. A PEFT model keeps its own rank, alpha, targets and whatever
-    else is trainable in it.
+    Move the model to its device and dtype before. A PEFT model keeps its own rank, alpha, targets
+    and whatever else is trainable in it.
 
     pretrain_batches   dicts for model(**batch), of text that must not be forgotten
     task_batches       the same of the target task; the paper has 256 examples
     lr                 learning rate of A. B's is scaled, see scale_lr_B
     rank, alpha        of the adapters. κ = alpha / rank. [ours] alpha None: κ = 1
     tau                [ours] the ridge τ, in mean eigenvalues of C_pre
-    lam                λ, the γ at which the gate is one half. A larger one learns and forgets less
+    lam                λ, the γ at which the gate is one half. A larger λ slows both
+                       learning and forgetting
     s_min              the gate's floor. [ours] 0; the paper has 0.3
     target_modules     names of layers or their ends, or "all-linear"
     zero_start         [ours] True: B starts at 0. False: the paper's B0 = κ⁻¹ W0 A0ᵀ
-    basis_rank         [ours] k, the directions in which A may move. None: all, as in the paper. A
-                       larger one learns and forgets more
-    scale_lr_B         [ours] True: B's rate is lr times the length of W0's rows over √r κ. False:
-                       B has A's rate, as in the paper
+    basis_rank         [ours] k, the directions in which A may move; 96 to save memory. None: all,
+                       as in the paper. A larger k allows more learning and more forgetting
+    scale_lr_B         [ours] True: B's rate is lr · ℓ / (κ √r), where ℓ is the root mean square
+                       length of W0's rows. False: B has A's rate, as in the paper
     returns            SAdam
-    raises             ValueError, before the model has run, for what cannot be adapted
+    raises             ValueError: for bad arguments or layers before the model has run; for a layer
+                       that reads no token, or numbers that are not finite, after it
     """
     check_numbers(lr, alpha, tau, lam, s_min, basis_rank)                    # Part II
     rank = check_model(model, target_modules, rank, zero_start)              # Part II
@@ -734,7 +765,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
 def check_adapter(model, name, layer):
     """PEFT has many kinds of adapters. Ours needs the plain one, at its start, and alone: SAdam
     would train anything else towards something that PEFT does not compute."""
-    (A, B, _), *more = factors(layer)
+    [(A, B, _), *more] = factors(layer)
     is_linear = A.ndim == 2 and not hasattr(layer, "parameter_name")         # target_parameters
     fresh = not B.any() and A.requires_grad
     if more or not is_linear or not fresh or len(A) > A.shape[1] or not is_peft_model(model):
@@ -744,7 +775,7 @@ def check_adapter(model, name, layer):
 
 def restart_adapter(layer, A0):
     """Let PEFT's adapter begin at A0 and B = 0. PEFT's rank_pattern may give a layer fewer rows."""
-    (A, B, _), = factors(layer)
+    [(A, B, _)] = factors(layer)
     A.data = A0[:len(A)].to(A.device, copy=True)
     B.data = torch.zeros_like(B, dtype=A0.dtype)
 
@@ -991,12 +1022,13 @@ def save_adapter(model, directory):
 # ==================================================================================================
 
 def toy():
-    """A layer with four inputs. The pretraining text uses the first two and the task the middle
-    two, so that only the third can be used without forgetting. Prints V and one step."""
+    """A layer with four inputs. Pretraining text uses mainly the first two and the task mainly the
+    middle two, so that only the third is both useful and cheap. Prints γ, the gate and V, and then
+    forgetting and utility of one step of Adam and of SAdam, without and with its gate."""
     torch.manual_seed(0)
     names = ["text only", "text and task", "task only", "neither"]
     C_pre = torch.diag(torch.tensor([4.0, 2.0, 0.1, 0.1]))
-    C_task = torch.diag(torch.tensor([0.1, 2.0, 2.0, 0.1]))
+    C_task = torch.diag(torch.tensor([0.01, 2.0, 2.0, 0.01]))
     C_task[1, 2] = C_task[2, 1] = 1.0                   # on the task these two go together
     tau, lam, lr = 0.01, 1.0, 0.1
     H = C_pre + tau * torch.eye(4)
@@ -1012,11 +1044,15 @@ def toy():
     print(f"\nVᵀ H V is the identity, up to {error:.0e}.\n")
 
     G = torch.randn(2, 4)                               # the loss's gradient for A (r = 2, d = 4)
-    zeros = torch.zeros(2, 4)
-    adam = -lr * adam_direction(G, zeros.clone(), zeros.clone(), t=1)
-    sadam = -lr * sadam_direction(G, V, gate, zeros.clone(), zeros.clone(), t=1)
+    steps = {}
+    m, v = torch.zeros(2, 4), torch.zeros(2, 4)
+    steps["Adam"] = -lr * adam_direction(G, m, v, t=1)
+    m, v = torch.zeros(2, 4), torch.zeros(2, 4)
+    steps["SAdam, gate 1"] = -lr * sadam_direction(G, V, torch.ones(4), m, v, t=1)
+    m, v = torch.zeros(2, 4), torch.zeros(2, 4)
+    steps["SAdam"] = -lr * sadam_direction(G, V, gate, m, v, t=1)
     print(f"{'one step of':>16} {'forgetting R':>14} {'utility U':>12} {'U / R':>8}")
-    for name, step in (("Adam", adam), ("SAdam", sadam)):
+    for name, step in steps.items():
         R, U = energy(step, H).item(), energy(step, C_task).item()
         print(f"{name:>16} {R:14.4f} {U:12.4f} {U / R:8.2f}")
 

@@ -338,6 +338,22 @@ def test_inputs_are_stacked_by_width_up_to_a_number_of_bytes(monkeypatch):
             assert basis[key].untyped_storage().nbytes() == basis[key].nbytes
 
 
+def test_layers_that_share_only_pretraining_inputs_have_bases_of_their_own():
+    shared, task = covariance(6, 40).float(), [covariance(6, 40, seed=i).float() for i in (1, 2)]
+    bases = folora.decompose({"a": shared, "b": shared}, dict(zip("ab", task)), 2)
+    assert [basis["modules"] for basis in bases] == [["a"], ["b"]]
+    assert not torch.allclose(bases[0]["gamma"], bases[1]["gamma"])
+
+
+def test_all_processes_get_the_first_ones_bases(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", given.append)
+    inputs = [{"x": torch.randn(2, 20, 8)}]
+    folora.prepare(Block(), inputs, inputs, 0.1, 2, target_modules="q_proj")
+    assert [basis["modules"] for bases in given for basis in bases] == [["q_proj"]]
+
+
 def test_covariances_are_in_mean_eigenvalues():
     """And an input that is always 0 stays 0."""
     C = torch.stack([covariance(6, 40), 100 * covariance(6, 40), torch.zeros(6, 6)])

@@ -42,7 +42,8 @@ PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_S
 
 @ev.one_line
 def main(arguments=None):
-    """The run, and with --compare lora the same with LoRA. The first process prints the table."""
+    """The run, and with --compare lora plain LoRA at its own learning rate, without --kl. The first
+    process prints the table."""
     options = parse_options(arguments)
     resolve(options)
     scores = experiment(options)
@@ -61,7 +62,7 @@ def experiment(options, before=None):
     if (out / "summary.json").exists():              # a finished run
         return finish(out, options)
 
-    # Load. Every mistake in the input shows here, before there is a directory.
+    # Load. Mistakes in options and files show here, before there is a directory.
     model, tokenizer, examples, tasks = load(options)
     claim(out, options)
 
@@ -70,7 +71,7 @@ def experiment(options, before=None):
     held_out = once(out / "held_out.json", lambda: as_lists(ev.held_out(model, tokenizer, longest)))
     before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
 
-    # Sample: text from the model itself, which must not be forgotten (3.4).
+    # Sample: text that must not be forgotten, the model's own (3.4) or that of --calibration.
     texts = ()
     if options.method == "folora" or options.kl:
         texts = once(out / "calibration.json", lambda: sample(options, model, tokenizer))
@@ -110,7 +111,8 @@ def experiment(options, before=None):
 # ---- The stages ----------------------------------------------------------------------------------
 
 def load(options):
-    """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the download."""
+    """(model, tokenizer, encoded examples, tasks). Mistakes in files show before the
+    model is downloaded."""
     _, adapter, _ = ev.find_model(options.model)
     ev.need(not adapter, "--model is an adapter: train it with --merge 1")
     tasks = ev.load_tasks(options.tasks, options.eval_samples)

@@ -60,10 +60,11 @@ def measure(arguments):
 
     d = len(gamma)
     steps = {
-        "Adam, as in LoRA": folora.adam_direction(G, *moments(d), t=1),
-        "along V, no gate": folora.sadam_direction(G, V, ones, *moments(d), t=1),
-        "along V, with the gate": folora.sadam_direction(G, V, gate, *moments(d), t=1),
-        f"and only the first {K}": folora.sadam_direction(G, V[:, :K], gate[:K], *moments(K), t=1),
+        "LoRA's Adam": folora.adam_direction(G, *moments(d), t=1),
+        "Adam along V, no gate": folora.sadam_direction(G, V, ones, *moments(d), t=1),
+        "+ gate": folora.sadam_direction(G, V, gate, *moments(d), t=1),
+        f"+ only the first {K} (default)":
+            folora.sadam_direction(G, V[:, :K], gate[:K], *moments(K), t=1),
     }
     cost = {kind: (folora.energy(step, H) / folora.energy(step, C_task)).item()
             for kind, step in steps.items()}
@@ -77,7 +78,7 @@ def draw(found):
     gamma = torch.tensor(found["gamma"])
     gate = folora.spectral_gate(gamma, LAM, 0.0)
     x = range(1, len(gamma) + 1)
-    left.set_title("The price of each input direction of a layer", loc="left")
+    left.set_title("What each input direction of a layer is worth", loc="left")
     left.plot(x, gamma.clamp(min=1e-3), "C0", lw=2)
     left.set(yscale="log", xlabel="direction, by falling γ")
     left.set_ylabel("γ: utility per unit of forgetting", color="C0")
@@ -91,10 +92,10 @@ def draw(found):
     other.set_ylabel("gate: the share of the step that passes", color="C3")
 
     cost = found["R at equal U"]
-    right.set_title("Forgetting R of one step, at equal utility U", loc="left")
-    base = cost["Adam, as in LoRA"]
+    right.set_title("Forgetting R of a step, at equal U", loc="left")
+    base = cost["LoRA's Adam"]
     names, shares = list(cost), [100 * value / base for value in cost.values()]
-    bars = right.barh(names, shares, color=["0.6", "C0", "C3", "C3"], height=0.6)
+    bars = right.barh(names, shares, color=["0.4", "0.6", "C3", "C3"], height=0.6)
     right.bar_label(bars, [f"{share:.3g}%" for share in shares], padding=4)
     right.invert_yaxis()
     right.set(xlabel="% of Adam's", xlim=(0, 1.15 * max(shares)))
