@@ -50,6 +50,7 @@ rate, the rank and the amount of text are the caller's: the paper has 2e-5, 128 
     floor of the gate: 0.3                  0                                 s_min=0.3
     B0 = κ⁻¹ W0 A0ᵀ, W0 becomes W_res       B0 = 0, W0 stays as it is         zero_start=False
     one learning rate for A and B           B's follows the size of W0        scale_lr_B=False
+    no penalty on the whole update          none either, but see 3.3          penalty=0
     open: sums or means over tokens         means                             none
     open: the scale of C_pre and C_task     each in its own mean eigenvalues  none (unit_energy)
     open: the size of τ                     0.01 mean eigenvalues of C_pre    tau
@@ -65,7 +66,7 @@ rate, the rank and the amount of text are the caller's: the paper has 2e-5, 128 
                                             nearly all are rejected
     (not treated) PEFT's other weights      plain Adam at a tenth of lr       none
 
-Not included: Appendix D (dense weights), weight decay, schedules, fused experts, offloading, FSDP,
+Not included: weight decay, schedules, fused experts, offloading, FSDP,
 DeepSpeed, MPS, GradScaler. Schedules and clipping belong to the training loop: see train_math.py.
 """
 import itertools
@@ -221,6 +222,13 @@ def means_by_layer(targets, sums, tokens):
 #
 #     Vᵀ H V = I,        Vᵀ C_task V = diag(γ)                                           (Eq. 16-17)
 
+def with_ridge(C_pre, tau):
+    """H = C_pre + τ I, (..., d, d) (Eq. 6)."""
+    H = C_pre.clone()
+    H.diagonal(dim1=-2, dim2=-1).add_(tau)
+    return H
+
+
 def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     """Solve C_task v = γ H v with H = C_pre + τ I, exactly, for one layer or a stack of layers.
 
@@ -234,8 +242,7 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
     # as at the first token of many models, the largest eigenvalue of H is up to d / τ times its
     # smallest: 1e5 for d = 1,000 and τ = 0.01. Float32 would then err by up to 1e5 · 1e-7: 1%.
     C_task = C_task.double()
-    H = C_pre.to(torch.float64, copy=True)
-    H.diagonal(dim1=-2, dim2=-1).add_(tau)              # H = C_pre + τ I                   Eq. 6
+    H = with_ridge(C_pre.double(), tau)                 # H = C_pre + τ I                   Eq. 6
 
     # [ours] Cholesky's method turns it into an ordinary symmetric eigenproblem. With H = L Lᵀ, L
     # lower triangular, and v = L⁻ᵀ e, C_task v = γ H v becomes (L⁻¹ C_task L⁻ᵀ) e = γ e.
@@ -259,9 +266,9 @@ def generalized_eigenbasis(C_task, C_pre, tau, k=None):
 #
 # How should A move? Write it in the coordinates of V, A = Ā Vᵀ: column i of Ā (r, k) says how much
 # A uses direction i. By the chain rule the gradient for Ā is Ḡ = G V (Eq. 18-19), and a step ΔĀ is
-# the step ΔA = ΔĀ Vᵀ (Eq. 24). The products G V and ΔĀ Vᵀ are all that SAdam computes, so that Ā
-# itself is never stored. [ours] With k < d_in it is A = A_rest + Ā Vᵀ: the steps change Ā alone,
-# and A_rest stays as A0 has it.
+# the step ΔA = ΔĀ Vᵀ (Eq. 24). The step needs the products G V and ΔĀ Vᵀ alone, and not Ā itself.
+# [ours] With k < d_in it is A = Ā Vᵀ + N: the steps change Ā alone, and the rest N stays as it is
+# in A0.
 #
 # In these coordinates forgetting is plain squared length, since Vᵀ H V = I:
 #
@@ -297,21 +304,71 @@ def adam_direction(G, m, v, t, betas=(0.9, 0.999), eps=1e-8):
     return m_hat / (v_hat.sqrt() + eps)
 
 
-def sadam_direction(G, V, gate, m, v, t, betas=(0.9, 0.999), eps=1e-8):
+def sadam_direction(G, V, gate, m, v, t, betas=(0.9, 0.999), eps=1e-8, P_bar=None):
     """SAdam's direction D for A: the step is ΔA = -lr · D (Eq. 18-24).
 
     G          (..., r, d), the loss's gradient for A
     V, gate    (..., d, k) and (..., k), from generalized_eigenbasis and spectral_gate
     m, v, t    moments (..., r, k), updated in place, and the number of this step, from 1
-    returns    (..., r, d)
+    P_bar      (..., r, k), a gradient for Ā to add, such as the penalty's below, or None
+    returns    D (..., r, d), and D̄ (..., r, k), the same in V's coordinates: D = D̄ Vᵀ
     """
     # [ours] V may be bfloat16, which halves its memory. Then both products with V are computed in
     # bfloat16.
     G_bar = (G.to(V.dtype) @ V).to(m.dtype)             # Ḡ = G V, (..., r, k)           Eq. 18-19
+    if P_bar is not None:
+        G_bar = G_bar + P_bar                           # [ours]
     D_bar = adam_direction(G_bar, m, v, t, betas, eps)  # (..., r, k)                    Eq. 20-21
     # The gate acts on the step. A factor on the gradient would be divided out again by √v̂.
     D_bar = D_bar * gate[..., None, :]                  # column i times s_i             Eq. 23
-    return (D_bar.to(V.dtype) @ V.mT).to(G.dtype)       # D = D̄ Vᵀ, (..., r, d)          Eq. 24
+    D = (D_bar.to(V.dtype) @ V.mT).to(G.dtype)          # D = D̄ Vᵀ, (..., r, d)          Eq. 24
+    return D, D_bar
+
+
+# ---- 3.3, continued  [ours] A penalty on what all steps together have changed --------------------
+#
+# The gate makes each step cheap. But steps add up, and in a long run their sum can forget much.
+# What has the whole update ΔW = κ (B A - B0 A0) changed so far? The paper's R tells: R(ΔW) is the
+# mean square change of the layer's output on pretraining text. We hold it against R(W0), the mean
+# square of the output itself, and let the sum over the layers join the loss, with a weight w:
+#
+#     P = w/2 Σ R(ΔW) / R(W0)
+#
+# This needs no old text while training, and not even H. In V's coordinates A0 = Ā0 Vᵀ + N, where
+# Ā0 = A0 H V. The rest N has no part in V, since N H V = A0 H V - Ā0 Vᵀ H V = 0. No step changes N,
+# so that later A = Ā Vᵀ + N, and
+#
+#     B A - B0 A0 = E Vᵀ + (B - B0) N      with      E = B Ā - B0 Ā0
+#     R(B A - B0 A0) = |E|² + tr((B - B0) N H Nᵀ (B - B0)ᵀ)
+#
+# by Pythagoras in the metric of H. So all that SAdam needs is Ā, which it moves along with A, and
+# the small matrix N H Nᵀ. The gradients of R / 2 are Bᵀ E for Ā and E Āᵀ + (B - B0) N H Nᵀ for B.
+
+def start_in_coordinates(A0, V, C_pre, tau):
+    """Ā0 = A0 H V (..., r, k) and N H Nᵀ (..., r, r) of a start A0 (..., r, d), in float64.
+
+    V is (..., d, k), with Vᵀ H V = I, and C_pre (..., d, d). H = C_pre + τ I."""
+    A0, V = A0.double(), V.double()
+    H = with_ridge(C_pre.double(), tau)
+    A0_bar = A0 @ H @ V                                 # Ā0
+    # A0 H A0ᵀ = Ā0 Ā0ᵀ + N H Nᵀ, since N H V = 0
+    NHN = A0 @ H @ A0.mT - A0_bar @ A0_bar.mT
+    return A0_bar, NHN
+
+
+def update_energy(A_bar, B, NHN, A0_bar, B0=None):
+    """R(B A - B0 A0), and the gradients of R / 2 for Ā and B.
+
+    A_bar, A0_bar   Ā and Ā0, (..., r, k)
+    B, B0           (..., d_out, r). B0 None: 0
+    NHN             N H Nᵀ, (..., r, r)
+    returns         (...), (..., r, k) and (..., d_out, r)
+    """
+    E, dB = B @ A_bar, B                                # (..., d_out, k), (..., d_out, r)
+    if B0 is not None:
+        E, dB = E - B0 @ A0_bar, B - B0
+    R = (E * E).sum((-2, -1)) + energy(dB, NHN)
+    return R, B.mT @ E, E @ A_bar.mT + dB @ NHN
 
 
 class SAdam(torch.optim.Optimizer):
@@ -323,14 +380,20 @@ class SAdam(torch.optim.Optimizer):
     lr        learning rate. A schedule may change each group's "lr" at any time
     betas     decay of the two moments
     eps       added to √v̂
+    penalty   [ours] w, the weight of P, for groups of A that say how R(ΔW) is found, as those of
+              `attach` do: "A0_bar" Ā0 (r, k) and "NHN" N H Nᵀ (r, r), and for each of its A in
+              turn the index of B's group in "partners" and κ² / R(W0) in "shares". B's group may
+              have a "B0" (d_out, r). A partner None: the parameter is W itself (Appendix D)
 
     state_dict holds the bases, too. The signs of V do not matter to a run that keeps one V, but a V
     that is computed again may have others, and the saved moments are in the old coordinates. In the
     paper B is trained by AdamW without weight decay, which is Adam.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
-        defaults = dict(lr=lr, betas=betas, eps=eps, scale=1.0, basis=None, gate=None)
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, penalty=0.0):
+        defaults = dict(lr=lr, betas=betas, eps=eps, penalty=penalty, scale=1.0, basis=None,
+                        gate=None, A0_bar=None, NHN=None, A0_mark=None, partners=(), shares=(),
+                        B0=None)
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -340,13 +403,17 @@ class SAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        extra = {}                                      # the gradients of P, Ā's under A
+        if any(group["penalty"] > 0 for group in self.param_groups):
+            for _, gradients, w in self._updates():
+                extra |= {p: w * gradient for p, gradient in gradients.items()}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, group, extra.get(p))
         return loss
 
-    def _update(self, p, group):
+    def _update(self, p, group, extra):
         G, V, gate = p.grad, group["basis"], group["gate"]
         state = self.state[p]
         if not state:                                   # the first step of p
@@ -354,15 +421,49 @@ class SAdam(torch.optim.Optimizer):
             state["step"] = 0
             state["exp_avg"] = G.new_zeros(shape)       # m, as torch.optim.Adam calls it
             state["exp_avg_sq"] = G.new_zeros(shape)    # v
+            if group["partners"]:
+                state["A_bar"] = first_A_bar(p, group)  # Ā. Part II
         state["step"] += 1
         m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
         betas, eps = group["betas"], group["eps"]
+        lr = group["lr"] * group["scale"]
         if V is None:
-            D = adam_direction(G, m, v, t, betas, eps)
+            if extra is not None:
+                G = G + extra
+            p.sub_(lr * adam_direction(G, m, v, t, betas, eps))
         else:
             require_float32(p)                          # Part II
-            D = sadam_direction(G, V, gate, m, v, t, betas, eps)
-        p.sub_(group["lr"] * group["scale"] * D)        # A ← A + ΔA,  ΔA = -lr · D
+            D, D_bar = sadam_direction(G, V, gate, m, v, t, betas, eps, extra)
+            p.sub_(lr * D)                              # A ← A + ΔA,  ΔA = -lr · D
+            if "A_bar" in state:
+                state["A_bar"].sub_(lr * D_bar)         # Ā ← Ā + ΔĀ
+
+    def _updates(self):
+        """For each adapted layer R(ΔW) / R(W0), the gradients {parameter: gradient} of half of it,
+        Ā's under A, and w."""
+        for group in self.param_groups:
+            for A, number, share in zip(group["params"], group["partners"], group["shares"]):
+                if A in self.state:
+                    A_bar = self.state[A]["A_bar"]
+                else:
+                    A_bar = first_A_bar(A, group)       # Part II
+                if number is None:                      # Appendix D: ΔW = Ā Vᵀ, R(ΔW) = |Ā|²
+                    yield share * A_bar.square().sum(), {A: share * A_bar}, group["penalty"]
+                    continue
+                r = len(A)                              # PEFT's rank_pattern may have cut A0
+                A0_bar, NHN = group["A0_bar"][:r], group["NHN"][:r, :r]
+                partner = self.param_groups[number]
+                [B] = partner["params"]
+                R, grad_A_bar, grad_B = update_energy(A_bar, B, NHN, A0_bar, partner["B0"])
+                yield share * R, {A: share * grad_A_bar, B: share * grad_B}, group["penalty"]
+
+    @torch.no_grad()
+    def forgetting(self):
+        """[ours] The mean over the layers of R(ΔW) / R(W0): by which share of their mean square the
+        adapters have changed the layers' outputs on pretraining text. It takes no forward pass.
+        nan where A was loaded or changed without this optimiser's knowledge."""
+        shares = [share.cpu() for share, _, _ in self._updates()]
+        return torch.stack(shares).mean().item()
 
     def load_state_dict(self, state_dict):
         """As torch's. ValueError if the state was saved with bases of other shapes."""
@@ -538,7 +639,7 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
 # ---- The recipe ----------------------------------------------------------------------------------
 
 # The paper's values of the arguments whose defaults may differ: prepare(..., **folora.PAPER).
-PAPER = dict(lam=1.0, s_min=0.3, basis_rank=None, zero_start=False, scale_lr_B=False)
+PAPER = dict(lam=1.0, s_min=0.3, basis_rank=None, zero_start=False, scale_lr_B=False, penalty=0.0)
 
 # One call of eigh gets a stack of at most this many bytes, but at least one matrix. About eight
 # such stacks exist at a time. 64 MiB are 25 layers of width 576, or 2 of width 2,048.
@@ -556,9 +657,10 @@ def unit_energy(C):
     return C / mean.clamp(min=1e-30)[..., None, None]
 
 
-def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
+def decompose(model, C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, device="cpu"):
     """From covariances to directions: A0, V and γ of every input that the adapted layers read.
 
+    model           its weights are read for R(W0)
     C_pre, C_task   from collect_covariances
     rank            r, the rows of A0
     tau             [ours] the ridge, in mean eigenvalues of C_pre
@@ -566,7 +668,8 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
     progress        called with the number of inputs that have been solved
     device          where to solve. A GPU is many times faster
     returns         [{"modules": names of layers that share an input, "A0": (rank, d_in),
-                    "gamma": (k,), "V": (d_in, k)}], tensors on the CPU
+                    "gamma": (k,), "V": (d_in, k), "A0_bar": (rank, k), "NHN": (rank, rank),
+                    "W0_energy": R(W0) of each of the layers}], tensors on the CPU
     """
     inputs = {}                                         # the two matrices -> the layers they serve
     for name in C_pre:
@@ -574,6 +677,7 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
         inputs.setdefault(key, []).append(name)
     groups = list(inputs.values())                      # q, k and v are one group
 
+    by_first = {names[0]: names for names in groups}
     solved = {}                                         # a group's first layer -> its directions
     for names in stacks_of_equal_width(groups, C_pre):  # Part II
         pre = torch.stack([C_pre[name] for name in names]).to(device)        # (n, d, d)
@@ -581,8 +685,13 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
         pre, task = unit_energy(pre), unit_energy(task)
         gamma, V = generalized_eigenbasis(task, pre, tau, basis_rank)        # (n, k), (n, d, k)
         A0 = null_space(pre, rank)                                           # (n, r, d)
+        A0_bar, NHN = start_in_coordinates(A0, V, pre, tau)                  # (n, r, k), (n, r, r)
         for i, name in enumerate(names):
-            directions = {"A0": A0[i], "gamma": gamma[i], "V": V[i]}
+            H = with_ridge(pre[i], tau)
+            W0s = [read_weight(model.get_submodule(n)) for n in by_first[name]]   # Part II
+            W0_energy = torch.stack([energy(W0.to(device), H) for W0 in W0s])     # R(W0)
+            directions = {"A0": A0[i], "gamma": gamma[i], "V": V[i], "A0_bar": A0_bar[i].float(),
+                          "NHN": NHN[i].float(), "W0_energy": W0_energy}
             solved[name] = {key: own_copy(t) for key, t in directions.items()}
         if progress:
             progress(len(names))
@@ -591,7 +700,8 @@ def decompose(C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=None, dev
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, scale_lr_B=True):
+def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, scale_lr_B=True,
+           penalty=0.0):
     """Put adapters on the layers of `bases`, freeze all else, and return their optimiser.
 
     model        adapted in place
@@ -604,8 +714,8 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
     for basis in bases:
         A0, V = basis["A0"], basis["V"]
         gate = spectral_gate(basis["gamma"], lam, s_min)
-        As = []
-        for name in basis["modules"]:
+        As, partners, shares = [], [], []
+        for name, W0_energy in zip(basis["modules"], basis["W0_energy"].tolist()):
             layer = model.get_submodule(name)
             length = row_length(layer)                  # ℓ of W0's rows: Part II
             if has_adapter(layer):                      # another library's: Part II
@@ -628,21 +738,53 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
             scale = 1.0
             if scale_lr_B:
                 scale = length / (math.sqrt(len(A)) * kappa)
-            plain.append({"params": [B], "scale": scale})
+            # B's group comes after one group for each of the bases.
+            partners.append(len(bases) + len(plain))
+            shares.append(share_of(layer, kappa, W0_energy, penalty))        # Part II
+            plain.append({"params": [B], "scale": scale, "B0": getattr(layer, "start_B", None)})
         # [ours] V is bfloat16 on a bfloat16 layer and float32 on any other. Small gradients would
         # vanish in float16.
         device, dtype = As[0].device, torch.float32
         if layer.weight.dtype == torch.bfloat16:        # the layers of one input have one dtype
             dtype = torch.bfloat16
-        spectral.append({"params": As, "basis": V.to(device, dtype), "gate": gate.to(device)})
-    optimizer = SAdam(spectral + plain + other_groups(model, spectral + plain), lr)
+        spectral.append({
+            "params": As, "basis": V.to(device, dtype), "gate": gate.to(device),
+            "partners": partners, "shares": shares, "A0_bar": basis["A0_bar"].to(device),
+            "NHN": basis["NHN"].to(device), "A0_mark": mark(A0).to(device)})
+    groups = spectral + plain + other_groups(model, spectral + plain)
+    optimizer = SAdam(groups, lr, penalty=penalty)
     guard(model, bases, spectral + plain)               # Part II: against a Trainer's own AdamW
+    return optimizer
+
+
+@torch.no_grad()
+def attach_dense(model, bases, lr, lam=1.0, s_min=0.0, penalty=0.0):
+    """Appendix D: no adapters. SAdam moves the weights of the layers of `bases` themselves, W
+    (d_out, d_in) in place of A, along the k directions that are kept: the moments are (d_out, k).
+
+    [ours] A layer's rate is lr · ℓ, where ℓ is the root mean square length of W0's rows, so that
+    one lr serves layers of every size. The arguments are those of `attach`. Returns SAdam."""
+    freeze(model)                                       # Part II
+    groups = []
+    for basis in bases:
+        V, gate = basis["V"], spectral_gate(basis["gamma"], lam, s_min)
+        for name, W0_energy in zip(basis["modules"], basis["W0_energy"].tolist()):
+            layer = model.get_submodule(name)
+            W = layer.weight.requires_grad_(True)
+            require_float32(W)                          # Part II
+            groups.append({
+                "params": [W], "scale": row_length(layer),
+                "basis": V.to(W), "gate": gate.to(W), "A0_mark": mark(W),
+                "A0_bar": W.new_zeros(len(W), len(gate)),                    # Ā, of ΔW, starts at 0
+                "partners": [None], "shares": [1 / (W0_energy or 1.0)]})
+    optimizer = SAdam(groups, lr, penalty=penalty)
+    guard(model, bases, groups)                         # Part II
     return optimizer
 
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
             s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96,
-            scale_lr_B=True):
+            scale_lr_B=True, penalty=0.0, dense=False):
     """FoLoRA in one call: adapt a model in place, freeze the rest, and return its optimiser.
 
     Move the model to its device and dtype before. A PEFT model keeps its own rank, alpha, targets
@@ -662,19 +804,26 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
                        as in the paper. A larger k allows more learning and more forgetting
     scale_lr_B         [ours] True: B's rate is lr · ℓ / (κ √r), where ℓ is the root mean square
                        length of W0's rows. False: B has A's rate, as in the paper
+    penalty            [ours] w, the weight of P, which keeps the sum of all steps from forgetting
+                       much. 0: none, as in the paper
+    dense              True: Appendix D. No adapters: the float32 weights themselves are trained,
+                       and model.save_pretrained saves them. rank, alpha, zero_start and scale_lr_B
+                       have no meaning then
     returns            SAdam
     raises             ValueError: for bad arguments or layers before the model has run; for a layer
                        that reads no token, or numbers that are not finite, after it
     """
-    check_numbers(lr, alpha, tau, lam, s_min, basis_rank)                    # Part II
-    rank = check_model(model, target_modules, rank, zero_start)              # Part II
+    check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty)           # Part II
+    rank = check_model(model, target_modules, rank, zero_start, dense)       # Part II
     device = next(model.parameters()).device
 
     C_pre = collect_covariances(model, pretrain_batches, target_modules)     # 3.1
     C_task = collect_covariances(model, task_batches, target_modules)
-    bases = decompose(C_pre, C_task, rank, tau, basis_rank, device=device)   # 3.2, B.3
+    bases = decompose(model, C_pre, C_task, rank, tau, basis_rank, device=device)  # 3.2, B.3
     bases = same_in_all_processes(bases)                                     # Part II
-    return attach(model, bases, lr, alpha, lam, s_min, zero_start, scale_lr_B)
+    if dense:
+        return attach_dense(model, bases, lr, lam, s_min, penalty)           # Appendix D
+    return attach(model, bases, lr, alpha, lam, s_min, zero_start, scale_lr_B, penalty)
 
 
 @torch.no_grad()
@@ -780,6 +929,17 @@ def restart_adapter(layer, A0):
     B.data = torch.zeros_like(B, dtype=A0.dtype)
 
 
+def share_of(layer, kappa, W0_energy, penalty):
+    """κ² / R(W0), by which update_energy's result becomes R(ΔW) / R(W0). Where W0 is 0, R(ΔW).
+
+    With DoRA the layer's weight is no sum of W0 and κ B A, and so its R(ΔW) is another."""
+    if getattr(layer, "lora_magnitude_vector", None):
+        if penalty > 0:
+            raise ValueError("the penalty does not know DoRA's update: use penalty=0 or no DoRA")
+        return math.nan
+    return kappa ** 2 / (W0_energy or 1.0)
+
+
 def freeze(model):
     """Freeze all parameters. PEFT has done so, and left trainable what its user wants trained."""
     if not is_peft_model(model):
@@ -795,8 +955,8 @@ def other_groups(model, groups):
     return [{"params": others, "scale": 0.1}] if others else []
 
 
-def row_length(layer):
-    """The root mean square length of W0's rows, or 1 where W0 is 0.
+def read_weight(layer):
+    """W0 (d_out, d_in) in float32.
 
     A layer that PEFT has wrapped may be quantised in one of many formats. So W0 is read as the
     layer's output for the identity matrix, without its bias, which every format can compute."""
@@ -806,13 +966,18 @@ def row_length(layer):
     identity = torch.eye(layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
     no_bias = {} if base.bias is None else {"bias": torch.zeros_like(base.bias)}
     W0 = torch.func.functional_call(base, no_bias, (identity,))              # W0ᵀ (d_in, d_out)
-    length = W0.float().norm().item() / math.sqrt(layer.out_features)
+    return W0.detach().float().mT
+
+
+def row_length(layer):
+    """The root mean square length of W0's rows, or 1 where W0 is 0: B's rate would be 0."""
+    length = read_weight(layer).norm().item() / math.sqrt(layer.out_features)
     return length or 1.0
 
 
 # ---- Refusals, before any long work --------------------------------------------------------------
 
-def check_numbers(lr, alpha, tau, lam, s_min, basis_rank):
+def check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty):
     """NaN and numbers out of range would show as a loss that is not finite, or not at all."""
     positive = dict(lr=lr, tau=tau, lam=lam, alpha=alpha, basis_rank=basis_rank)
     for name, value in positive.items():
@@ -820,11 +985,18 @@ def check_numbers(lr, alpha, tau, lam, s_min, basis_rank):
             raise ValueError(f"{name} must be a positive number, not {value}")
     if not 0 <= s_min <= 1:
         raise ValueError(f"s_min must be from 0 to 1, not {s_min}")
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"penalty must be 0 or a positive number, not {penalty}")
 
 
-def check_model(model, target_modules, rank, zero_start):
+def check_model(model, target_modules, rank, zero_start, dense):
     """Refuse what cannot be adapted. Returns the rank: a PEFT model has its own, or several."""
     targets = find_targets(model, target_modules, rank)
+    if dense:
+        if is_peft_model(model):
+            raise ValueError("dense=True trains the weights: give the model without PEFT")
+        for layer in targets.values():
+            require_float32(layer.weight)
     if not is_peft_model(model):
         return rank
     if not zero_start:
@@ -974,10 +1146,28 @@ def check_bases(ours, saved):
 def move_bases(groups):
     """torch moves loaded moments to their parameter's device, but not what else a group holds."""
     for group in groups:
-        if group["basis"] is not None:
-            device = group["params"][0].device
-            group["basis"] = group["basis"].to(device)
-            group["gate"] = group["gate"].to(device)
+        device = group["params"][0].device
+        for name, value in group.items():
+            if torch.is_tensor(value):
+                group[name] = value.to(device)
+
+
+def mark(A):
+    """A few numbers (rows,) by which a matrix A is known again: its product with a fixed vector."""
+    generator = torch.Generator().manual_seed(0)
+    return A.float() @ torch.randn(A.shape[1], generator=generator).to(A.device)
+
+
+def first_A_bar(A, group):
+    """Ā before the first step: Ā0. That holds only while A is at its start. If trained adapters
+    were loaded without the optimiser's state, the penalty would hold down something else."""
+    A0_bar, A0_mark = group["A0_bar"][:len(A)], group["A0_mark"][:len(A)]
+    if (mark(A) - A0_mark).abs().max() < 0.01:          # products of unit rows are about 1
+        return A0_bar.clone()
+    if group["penalty"] > 0:
+        raise ValueError("an adapter is not where prepare has put it: load the optimiser's state "
+                         "with it, or train with penalty=0")
+    return torch.full_like(A0_bar, torch.nan)
 
 
 # ---- Saving --------------------------------------------------------------------------------------
@@ -1048,9 +1238,9 @@ def toy():
     m, v = torch.zeros(2, 4), torch.zeros(2, 4)
     steps["Adam"] = -lr * adam_direction(G, m, v, t=1)
     m, v = torch.zeros(2, 4), torch.zeros(2, 4)
-    steps["SAdam, gate 1"] = -lr * sadam_direction(G, V, torch.ones(4), m, v, t=1)
+    steps["SAdam, gate 1"] = -lr * sadam_direction(G, V, torch.ones(4), m, v, t=1)[0]
     m, v = torch.zeros(2, 4), torch.zeros(2, 4)
-    steps["SAdam"] = -lr * sadam_direction(G, V, gate, m, v, t=1)
+    steps["SAdam"] = -lr * sadam_direction(G, V, gate, m, v, t=1)[0]
     print(f"{'one step of':>16} {'forgetting R':>14} {'utility U':>12} {'U / R':>8}")
     for name, step in steps.items():
         R, U = energy(step, H).item(), energy(step, C_task).item()

@@ -117,7 +117,7 @@ def test_layers_that_read_one_tensor_share_a_basis(other, k):
     model, bar = Block(), []
     inputs = [{"x": torch.randn(4, 20, 8), "k_reads_other": other}]
     C = folora.collect_covariances(model, inputs, BLOCK_TARGETS)
-    bases = folora.decompose(C, C, 2, 0.01, k, bar.append)
+    bases = folora.decompose(model, C, C, 2, 0.01, k, bar.append)
     groups = " ".join("".join(basis["modules"]) for basis in bases).replace("_proj", "")
     assert groups == ("qv k o up down" if other else "qkv o up down") and sum(bar) == len(bases)
     for basis in bases:
@@ -258,6 +258,180 @@ def spectral(request):
     return torch.randn(3, 6), gradients, V, gate, H
 
 
+def dense_energy(M, H):
+    """tr(M H Mᵀ), through which a gradient flows."""
+    return torch.einsum("...ij,...jk,...ik->...", M, H, M)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+@pytest.mark.parametrize("start", [False, True])
+def test_the_energy_of_the_update_and_its_gradients_against_autograd(start, k):
+    """A stack of two layers, A anywhere in A0 + span(V), in dense float64."""
+    torch.manual_seed(0)
+    C_pre, C_task = (torch.stack([covariance(9, 40, seed=i + j) for i in (0, 1)]) for j in (0, 5))
+    _, V = folora.generalized_eigenbasis(C_task, C_pre, 0.1, k)
+    A0, H = folora.null_space(C_pre, 3), C_pre + 0.1 * torch.eye(9).double()
+    A0_bar, NHN = folora.start_in_coordinates(A0, V, C_pre, 0.1)
+    moves, B = torch.randn_like(A0_bar), torch.randn(2, 5, 3).double().requires_grad_()
+    B0 = torch.randn(2, 5, 3).double() if start else None
+    A = (A0 + moves @ V.mT).requires_grad_()
+    dense = dense_energy(B @ A - (B0 @ A0 if start else 0), H)
+    grad_A, grad_B = torch.autograd.grad(dense.sum() / 2, (A, B))
+    found = folora.update_energy(A0_bar + moves, B.detach(), NHN, A0_bar, B0)
+    for ours, theirs in zip(found, (dense.detach(), grad_A @ V, grad_B)):
+        close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+class DensePenalty:
+    """P by its definition, from the covariances of W0's layers."""
+
+    def __init__(self, model, inputs, targets, w, tau=0.01):
+        C_pre = folora.collect_covariances(model, inputs, targets)
+        self.w, self.H, self.W0 = w, {}, {}
+        for name, C in C_pre.items():
+            C = C.double()
+            self.H[name] = C / C.diagonal().mean() + tau * torch.eye(len(C))
+            layer = model.get_submodule(name)
+            self.W0[name] = getattr(layer, "base_layer", layer).weight.detach().double()
+
+    def shares(self, model):
+        """{name: R(ΔW) / R(W0)}."""
+        shares = {}
+        for name, W0 in self.W0.items():
+            layer = model.get_submodule(name)
+            W = layer.weight.double()
+            for A, B, kappa in folora.factors(layer):          # none, where W itself is trained
+                W = W + kappa * (B @ A).double()
+            H = self.H[name]
+            shares[name] = dense_energy(W - W0, H) / dense_energy(W0, H)
+        return shares
+
+    def __call__(self, model):
+        return self.w / 2 * sum(self.shares(model).values())
+
+
+@pytest.mark.parametrize("how", [
+    dict(), dict(basis_rank=None), dict(zero_start=False, alpha=6), dict(peft={"alpha": 6}),
+    dict(peft={"rank_pattern": {"k_proj": 2}})])
+def test_sadam_follows_the_gradient_of_the_penalty(how):
+    """Six steps with penalty=w are those of the loss plus the dense P without it. The sum of R(ΔW)
+    that SAdam keeps is the dense one."""
+    torch.manual_seed(0)
+    how = {"rank": 3, "basis_rank": 4} | how
+    pre, task = ([{"x": torch.randn(4, 20, 8) * torch.linspace(0.2, 2, 8).roll(n)}]
+                 for n in (0, 3))
+    block, found = Block(), []
+    targets = BLOCK_TARGETS[1:] if "peft" in how else BLOCK_TARGETS      # PEFT's has no `input`
+    for w in (300.0, 0.0):
+        model = copy.deepcopy(block)
+        if config := how.get("peft"):
+            config = peft.LoraConfig(r=3, lora_alpha=config.get("alpha", 3),
+                                     target_modules=list(targets),
+                                     rank_pattern=config.get("rank_pattern", {}))
+            model = peft.get_peft_model(model, config)
+        dense = DensePenalty(model, pre, targets, 300.0)
+        args = {name: value for name, value in how.items() if name != "peft"}
+        optimizer = folora.prepare(model, pre, task, 0.05, target_modules=targets, penalty=w,
+                                   **args)
+        assert optimizer.forgetting() == 0
+        for _ in range(6):
+            loss = (model(**task[0]) - 1).square().mean()
+            (loss if w else loss + dense(model)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        shares = torch.stack([*dense.shares(model).values()])
+        assert shares.min() > 0
+        close(optimizer.forgetting(), shares.mean().item(), rtol=1e-4, atol=0)
+        found.append([p.detach() for group in optimizer.param_groups for p in group["params"]])
+    for ours, theirs in zip(*found):
+        close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("w", [0.0, 30.0])
+def test_dense_weights_are_moved_along_v_as_in_appendix_d(w):
+    """Against the literal slow version, which has the gradient of the dense P in its loss."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(50, 6) * torch.linspace(0.2, 2, 6)
+    batches = [{"input": x}], [{"input": x.roll(1, 1)}]
+    dense, W0 = DensePenalty(model, batches[0], ["0"], w), model[0].weight.detach().clone()
+    optimizer = folora.prepare(model, *batches, 0.02, rank=2, target_modules=["0"], basis_rank=3,
+                               dense=True, penalty=w)
+    [group] = optimizer.param_groups
+    assert [p for p in model.parameters() if p.requires_grad] == [model[0].weight]
+    gradients = []
+    for _ in range(4):
+        loss = (model(x) - 1).square().mean()
+        [G] = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+        gradients.append(G + (torch.autograd.grad(dense(model), model[0].weight)[0] if w else 0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (4, 3)
+    length = W0.square().sum(1).mean().sqrt().item()
+    literal = literal_sadam(W0, gradients, group["basis"], group["gate"], 0.02 * length,
+                            0.9, 0.999, 1e-8)
+    close(model[0].weight.detach().double(), literal, rtol=1e-4, atol=1e-5)
+    close(optimizer.forgetting(), dense.shares(model)["0"].item(), rtol=1e-4, atol=0)
+
+
+def test_the_penalty_goes_on_from_a_state_dict_and_not_from_weights_alone(tmp_path):
+    """Ā is part of the state. Without it, adapters that were loaded are not what is measured."""
+    torch.manual_seed(0)
+    block, inputs = Block(), [{"x": torch.randn(4, 20, 8)}]
+
+    def prepared(w=100.0):
+        model = copy.deepcopy(block)
+        return model, folora.prepare(model, inputs, inputs, 0.05, 2, target_modules="q_proj",
+                                     penalty=w)
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(**inputs[0]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.forgetting()
+
+    straight, first, second = prepared(), prepared(), prepared()
+    train(*straight, 5)
+    train(*first, 3)
+    torch.save([part.state_dict() for part in first], tmp_path / "state")
+    for part, state in zip(second, torch.load(tmp_path / "state")):
+        part.load_state_dict(state)
+    train(*second, 2)
+    for name, p in straight[0].state_dict().items():
+        assert torch.equal(p, second[0].state_dict()[name])
+    for w in (100.0, 0.0):
+        model, optimizer = prepared(w)
+        model.load_state_dict(first[0].state_dict())
+        if w:
+            with pytest.raises(ValueError, match="load the optimiser's state"):
+                train(model, optimizer, 1)
+        else:
+            assert math.isnan(train(model, optimizer, 1))
+
+
+def test_without_a_weight_the_penalty_changes_no_digit():
+    """And with one, the further a run is from the start, the more it is held back."""
+    torch.manual_seed(0)
+    block, inputs = Block(), [{"x": torch.randn(4, 20, 8)}]
+    found = []
+    for w in (None, 0.0, 10.0, 1000.0):
+        model = copy.deepcopy(block)
+        optimizer = folora.prepare(model, inputs, inputs, 0.05, 2, target_modules="q_proj",
+                                   penalty=w or 0.0)
+        if w is None:
+            optimizer = folora.SAdam([{name: group[name] for name in ("params", "basis", "gate",
+                                       "scale")} for group in optimizer.param_groups], 0.05)
+        for _ in range(20):
+            (model(**inputs[0]) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((model.q_proj.lora_A.detach(), optimizer))
+    assert torch.equal(found[0][0], found[1][0])
+    none, some, much = (optimizer.forgetting() for _, optimizer in found[1:])
+    assert none > 1.5 * some > 3 * much > 0
+
+
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-8), (torch.bfloat16, 1e-3)])
 def test_sadam_against_eq_18_to_24_one_number_at_a_time(spectral, dtype, error):
     """A bfloat16 basis leaks little into what must not move."""
@@ -326,21 +500,23 @@ def test_inputs_are_stacked_by_width_up_to_a_number_of_bytes(monkeypatch):
                  for j in (0, 10))
     monkeypatch.setattr(folora, "STACK_BYTES", 3 * 8 * 8 * 8)
     monkeypatch.setattr(folora, "eigh", eigh := Mock(wraps=folora.eigh))
-    bases = folora.decompose(pre, task, 2, 0.1, 4, (bar := []).append)
+    model = nn.ModuleDict({f"layer{i}": nn.Linear(d, 5) for i, d in enumerate(widths)})
+    bases = folora.decompose(model, pre, task, 2, 0.1, 4, (bar := []).append)
     shapes = [tuple(call.args[0].shape) for call in eigh.call_args_list]
     assert shapes == [(n, d, d) for n, d in ((3, 8), (1, 8), (2, 6)) for _ in range(2)]
     assert bar == [3, 1, 2]
     for name, basis in zip(pre, bases, strict=True):
         assert basis["modules"] == [name]
-        alone, = folora.decompose({name: pre[name]}, {name: task[name]}, 2, 0.1, 4)
-        for key in ("gamma", "V", "A0"):
+        alone, = folora.decompose(model, {name: pre[name]}, {name: task[name]}, 2, 0.1, 4)
+        for key in ("gamma", "V", "A0", "A0_bar", "NHN", "W0_energy"):
             close(basis[key].abs(), alone[key].abs(), rtol=1e-4, atol=1e-5)
             assert basis[key].untyped_storage().nbytes() == basis[key].nbytes
 
 
 def test_layers_that_share_only_pretraining_inputs_have_bases_of_their_own():
     shared, task = covariance(6, 40).float(), [covariance(6, 40, seed=i).float() for i in (1, 2)]
-    bases = folora.decompose({"a": shared, "b": shared}, dict(zip("ab", task)), 2)
+    model = nn.ModuleDict({name: nn.Linear(6, 3) for name in "ab"})
+    bases = folora.decompose(model, {"a": shared, "b": shared}, dict(zip("ab", task)), 2)
     assert [basis["modules"] for basis in bases] == [["a"], ["b"]]
     assert not torch.allclose(bases[0]["gamma"], bases[1]["gamma"])
 
@@ -395,7 +571,8 @@ def test_prepare_is_its_parts_literally():
     (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_adapters_are_float32_bases_may_be_bfloat16_and_merge_rounds_once(dtype, wanted, tmp_path):
     model, C = nn.ModuleDict({"f": nn.Linear(16, 12).to(dtype)}), covariance(16, 40).float()
-    optimizer = folora.attach(model, folora.decompose({"f": C}, {"f": C}, 4), lr=0.1, alpha=8)
+    bases = folora.decompose(model, {"f": C}, {"f": C}, 4)
+    optimizer = folora.attach(model, bases, lr=0.1, alpha=8)
     layer, before = model["f"], model["f"].weight.double()
     assert optimizer.param_groups[0]["basis"].dtype == wanted
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
@@ -907,7 +1084,8 @@ FAST = [*COMMON, *"--calibration-samples 4 --task-samples 8 --basis-rank 16 --co
 TASKS = f"gsm8k={ev.TINY / 'test.jsonl'},facts,nll={ev.TINY / 'test.jsonl'},drift"
 PAPER = ("folora", "--preset", "paper", "--kl", "5")
 COMPARED = ("folora", *"--tasks facts,drift --compare lora --merge 1 --kl 2 --lr 1e-2 --lam 2 "
-            "--s-min 0.7 --gradient-checkpointing 1 --target-modules q_proj,down_proj".split())
+            "--s-min 0.7 --penalty 5 --gradient-checkpointing 1 "
+            "--target-modules q_proj,down_proj".split())
 
 
 def read_json(path):
@@ -956,21 +1134,25 @@ def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
 
 
 @pytest.mark.parametrize("run, kl, how", [
-    (("lora",), 0, dict(lr=4e-3)), (PAPER, 5, folora.PAPER | dict(lr=6e-3, basis_rank=16)),
-    (COMPARED, 2, dict(lr=1e-2, s_min=0.7, lam=2.0, target_modules=("q_proj", "down_proj")))])
+    (("lora",), 0, dict(lr=4e-3)), (("lora", "--penalty", "30"), 0, dict(lr=4e-3)),
+    (PAPER, 5, folora.PAPER | dict(lr=6e-3, basis_rank=16)),
+    (COMPARED, 2, dict(lr=1e-2, s_min=0.7, lam=2.0, penalty=5.0,
+                       target_modules=("q_proj", "down_proj")))])
 def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained, tiny):
-    """The loss is the batch's, plus kl times KL(untouched || now) on four calibration texts."""
+    """The loss is the batch's, plus kl times KL(untouched || now) on four calibration texts. The
+    gradient of the penalty joins it when it has been clipped."""
     untouched, tokenizer = tiny
     held_out = ev.held_out(untouched, tokenizer, 40)[:4]
     model, examples = copy.deepcopy(untouched), word_problems(tokenizer, 64)
     texts = folora.sample_calibration(untouched, tokenizer, 4, 40, 40)
     task = [torch.tensor(example["ids"]) for example in examples[:8]]
+    inputs = [[ev.collate(batch, CPU) for batch in ev.by_length(some, 4)] for some in (texts, task)]
+    if "--penalty" in run:
+        dense = DensePenalty(model, inputs[0], folora.TARGET_MODULES, 30.0)
     torch.manual_seed(0)
-    if run == ("lora",):
+    if run[0] == "lora":
         optimizer = train_math.add_adapters(train_math.parse_options(command("lora")), model)
     else:
-        inputs = ([ev.collate(batch, CPU) for batch in ev.by_length(some, 4)]
-                  for some in (texts, task))
         optimizer = folora.prepare(model, *inputs, **dict(rank=8, basis_rank=16) | how)
     order, lines = train_math.data_order(64, 8, None, 6, 0), metrics(trained(*run)[0])
     for step, (batch, line) in enumerate(zip(order, lines, strict=True)):
@@ -981,10 +1163,16 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
             (kl * literal_kl(untouched, model, texts)).backward()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if "--penalty" in run:
+            dense(model).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if run[0] == "lora":
+            assert line["forgetting"] is None
+        else:
+            assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2)
         literal = [loss.item(), group["lr"], norm.item()]
-        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
+        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=4e-3)
         with torch.no_grad():
             now = literal_kl(untouched, model, held_out).item()
         assert line["drift"] in (None, pytest.approx(now, rel=1e-2, abs=1e-6))

@@ -14,6 +14,8 @@ table. Another run needs another --out. metrics.jsonl has a line for each step:
     loss           mean NLL of the batch's response tokens before the step, in nat
     lr             learning rate of A at that step
     grad_norm      norm of all gradients together, before it is clipped at 1
+    forgetting     mean over the layers of E|ΔW x|² / E|W0 x|² on calibration text after the step,
+                   from SAdam.forgetting, without a forward pass; null with --method lora
     drift          KL(untouched || now) in nat per token, on four held-out texts that the untouched
                    model wrote; null between two measurements
 """
@@ -73,21 +75,25 @@ def experiment(options, before=None):
 
     # Sample: text that must not be forgotten, the model's own (3.4) or that of --calibration.
     texts = ()
-    if options.method == "folora" or options.kl:
+    if options.method == "folora" or options.kl or options.penalty:
         texts = once(out / "calibration.json", lambda: sample(options, model, tokenizer))
 
     # Covariances and basis (3.1, 3.2). folora.prepare does these and the adapters in one call. They
     # are apart here so that each has a bar and the bases are kept.
-    bases = None
+    bases, penalty = None, None
     if options.method == "folora":
         bases = once(out / "prepared.pt", lambda: solve(options, model, texts, examples))
+    elif options.penalty:
+        C_pre = once(out / "prepared.pt", lambda: covariances(options, model, texts, "C_pre"))
 
     # Adapters and their optimiser (B.3, 3.3).
     torch.manual_seed(options.seed)
     optimizer = add_adapters(options, model, bases)
+    if options.method == "lora" and options.penalty:
+        penalty = dense_penalty(options, model, C_pre)
 
     # Train. One process goes on to save and score.
-    train(options, model, optimizer, examples, held_out[:4], out, texts)
+    train(options, model, optimizer, examples, held_out[:4], out, texts, penalty)
     if PROCESS > 0:
         return {}
 
@@ -169,7 +175,7 @@ def solve(options, model, texts, examples):
     C_task = covariances(options, model, task, "C_task")
     inputs = len({id(C) for C in C_pre.values()})    # q, k and v share one
     with tqdm(total=inputs, desc="eigenproblems") as bar:
-        return folora.decompose(C_pre, C_task, options.rank, basis_rank=options.basis_rank,
+        return folora.decompose(model, C_pre, C_task, options.rank, basis_rank=options.basis_rank,
                                 progress=bar.update, device=model.device)
 
 
@@ -177,7 +183,8 @@ def add_adapters(options, model, bases=None):
     """Put adapters on the model, in place, and return their optimiser. FoLoRA needs bases."""
     if options.method == "folora":
         return folora.attach(model, bases, options.lr, lam=options.lam, s_min=options.s_min,
-                             zero_start=options.zero_start, scale_lr_B=options.scale_lr_B)
+                             zero_start=options.zero_start, scale_lr_B=options.scale_lr_B,
+                             penalty=options.penalty)
     # Plain LoRA: A starts as nn.Linear's weight does, B at 0, and both get AdamW.
     model.requires_grad_(False)
     for name, layer in folora.find_targets(model, targets(options), options.rank).items():
@@ -187,11 +194,31 @@ def add_adapters(options, model, bases=None):
     return torch.optim.AdamW(trainable, options.lr, weight_decay=0.0)
 
 
+def dense_penalty(options, model, C_pre):
+    """P, the penalty of SAdam, by its definition and for plain LoRA, whose A moves everywhere: a
+    function that returns its value. It keeps H (d_in, d_in) for each input of a layer."""
+    layers = []
+    H = {id(C): folora.with_ridge(folora.unit_energy(C), 0.01).to(model.device)
+         for C in C_pre.values()}                    # 0.01: folora.prepare's tau
+    for name, C in C_pre.items():
+        layer = model.get_submodule(name)
+        energy = folora.energy(layer.weight.float(), H[id(C)])               # R(W0)
+        layers.append((layer, H[id(C)], energy))
+
+    def penalty():
+        shares = [folora.energy(layer.scaling * layer.lora_B @ layer.lora_A, H) / energy
+                  for layer, H, energy in layers]
+        return 0.5 * options.penalty * sum(shares)
+
+    return penalty
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
-def train(options, model, optimizer, examples, held_out, out, texts=()):
+def train(options, model, optimizer, examples, held_out, out, texts=(), penalty=None):
     """The loop. Every --log-every steps it measures the drift on the texts in `held_out`, and
-    writes a checkpoint and metrics.jsonl. `texts` are those of --kl."""
+    writes a checkpoint and metrics.jsonl. `texts` are those of --kl. `penalty` is dense_penalty's:
+    SAdam has its own."""
     batches = data_order(len(examples), options.batch_size, options.epochs, options.max_steps,
                          options.seed)
     done, lines = resume(out, model, optimizer)
@@ -212,10 +239,16 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
         if not math.isfinite(loss + norm):
             raise FloatingPointError(f"step {step + 1}: loss {loss}, norm {norm}: lower --lr")
 
-        # The step.
+        # The step. Like SAdam's, the gradient of the penalty is not clipped.
+        if penalty:
+            penalty().backward()
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss:.3f}")
+        forgetting, shown = None, {"loss": f"{loss:.3f}"}
+        if isinstance(optimizer, folora.SAdam):
+            forgetting = optimizer.forgetting()
+            shown["forgetting"] = f"{forgetting:.1e}"
+        bar.set_postfix(shown)
 
         # What is written, by the first process.
         if PROCESS > 0:
@@ -224,7 +257,8 @@ def train(options, model, optimizer, examples, held_out, out, texts=()):
         drift = None
         if due:                                      # one text at a time, to save memory
             drift = ev.drift(model, untouched(model), held_out, batch_size=1)
-        lines.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "drift": drift})
+        lines.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
+                      "forgetting": forgetting, "drift": drift})
         if due:
             checkpoint(out, model, optimizer, lines)
     recompute(model, False)
@@ -361,6 +395,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--basis-rank", directions, None, "directions in which A may move, 0: all [ours]"),
     ("--zero-start", switch, None, "1: B starts at 0; 0: at the paper's W0 A0ᵀ [ours]"),
     ("--scale-lr-B", switch, None, "1: B's learning rate follows W0's size; 0: it is A's [ours]"),
+    ("--penalty", RATE, None, "weight of the penalty on the whole update [ours]"),
     ("--kl", RATE, 0.0, "weight of KL(untouched || now) on 4 calibration texts a step [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps instead of --epochs [ours]"),
@@ -420,6 +455,8 @@ def parse_options(arguments=None):
     rates = TINY_LEARNING_RATES if is_tiny else LEARNING_RATES
     lr = rates["lora" if chosen.method == "lora" else chosen.preset]
     parser.set_defaults(**PRESETS[chosen.preset])
+    if chosen.method == "lora":
+        parser.set_defaults(penalty=0.0)             # plain LoRA has none by default
     if is_tiny:
         parser.set_defaults(**TINY)
     parser.set_defaults(lr=lr, tasks=ev.default_tasks(chosen.model),
@@ -430,7 +467,7 @@ def parse_options(arguments=None):
 def lora_options(options):
     """The same run with plain LoRA, at LoRA's learning rate, in a directory of its own."""
     rates = TINY_LEARNING_RATES if ev.is_tiny(options.model) else LEARNING_RATES
-    changed = dict(method="lora", lr=rates["lora"], kl=0.0, out=f"{options.out}/lora")
+    changed = dict(method="lora", lr=rates["lora"], kl=0.0, penalty=0.0, out=f"{options.out}/lora")
     return argparse.Namespace(**vars(options) | changed)
 
 

@@ -176,7 +176,7 @@ def gpu_rows(quick, count):
                                for some in (ids, ids[:256]))
     yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
     for k in (96, None):
-        decompose = lambda k=k: folora.decompose(*C, rank, 0.01, k, device=DEVICE)
+        decompose = lambda k=k: folora.decompose(model, *C, rank, 0.01, k, device=DEVICE)
         yield row(f"eigenproblems, k = {k or 'all'}, s", [seconds(decompose)], 28, 15)
     tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
     sample = lambda: folora.sample_calibration(model, tokenizer, texts, length // 4, length, 256)

@@ -157,7 +157,7 @@ def run(shared, suite, setting):
     texts = cached("texts", train_math.sample, options, base, shared.tokenizer)
     if method == "folora":
         bases = cached("bases", train_math.solve, options, base, texts, examples)
-    if method in baselines.NEEDS_C_PRE:
+    if method in baselines.NEEDS_C_PRE or method == "lora" and options.penalty:
         C_pre = cached("C_pre", train_math.covariances, options, base, texts, "C_pre")
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
@@ -174,7 +174,10 @@ def run(shared, suite, setting):
     # An interrupted run goes on from the checkpoint in this directory.
     out = CACHE / hashlib.sha1(json.dumps([suite, setting]).encode()).hexdigest()
     out.mkdir(exist_ok=True)
-    train_math.train(options, model, optimizer, examples, shared.texts[:1], out, texts)
+    penalty = None
+    if method == "lora" and options.penalty:
+        penalty = train_math.dense_penalty(options, model, C_pre)
+    train_math.train(options, model, optimizer, examples, shared.texts[:1], out, texts, penalty)
     exact = folora.merge(model.float())
     scores = {str(scale): scores_of(shared, exact, scale) for scale in SCALES}
     shutil.rmtree(out)

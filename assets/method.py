@@ -34,15 +34,14 @@ def measure(arguments):
     options.target_modules = name
     texts = train_math.sample(options, model, tokenizer)
     task = [example["ids"] for example in examples[100:164]]
-    (C_pre,), (C_task,) = (train_math.covariances(options, model, some, "covariance").values()
-                           for some in (texts, task))
+    old, new = (train_math.covariances(options, model, some, "covariance")
+                for some in (texts, task))
+    (C_pre,), (C_task,) = old.values(), new.values()
     C_pre, C_task = folora.unit_energy(C_pre), folora.unit_energy(C_task)
-    H = C_pre + TAU * torch.eye(len(C_pre))
+    H = folora.with_ridge(C_pre, TAU)
     gamma, V = folora.generalized_eigenbasis(C_task, C_pre, TAU)
 
-    basis = {"modules": [n for n, _ in model.named_modules() if n.endswith(name)],
-             "A0": folora.null_space(C_pre, RANK), "gamma": gamma, "V": V}
-    optimizer = folora.attach(model, [basis], LR)
+    optimizer = folora.attach(model, folora.decompose(model, old, new, RANK, TAU), LR)
     A = optimizer.param_groups[0]["params"][0]
     for step in range(STEPS + 1):                    # the last gradient is kept
         batch = examples[8 * step:8 * step + 8]
@@ -61,10 +60,10 @@ def measure(arguments):
     d = len(gamma)
     steps = {
         "LoRA's Adam": folora.adam_direction(G, *moments(d), t=1),
-        "Adam along V, no gate": folora.sadam_direction(G, V, ones, *moments(d), t=1),
-        "+ gate": folora.sadam_direction(G, V, gate, *moments(d), t=1),
+        "Adam along V, no gate": folora.sadam_direction(G, V, ones, *moments(d), t=1)[0],
+        "+ gate": folora.sadam_direction(G, V, gate, *moments(d), t=1)[0],
         f"+ only the first {K} (default)":
-            folora.sadam_direction(G, V[:, :K], gate[:K], *moments(K), t=1),
+            folora.sadam_direction(G, V[:, :K], gate[:K], *moments(K), t=1)[0],
     }
     cost = {kind: (folora.energy(step, H) / folora.energy(step, C_task)).item()
             for kind, step in steps.items()}
