@@ -784,7 +784,7 @@ def attach_dense(model, bases, lr, lam=1.0, s_min=0.0, penalty=0.0):
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
             s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96,
-            scale_lr_B=True, penalty=0.0, dense=False):
+            scale_lr_B=True, penalty=0.0, dense=False, cache=None):
     """FoLoRA in one call: adapt a model in place, freeze the rest, and return its optimiser.
 
     Move the model to its device and dtype before. A PEFT model keeps its own rank, alpha, targets
@@ -809,17 +809,30 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     dense              True: Appendix D. No adapters: the float32 weights themselves are trained,
                        and model.save_pretrained saves them. rank, alpha, zero_start and scale_lr_B
                        have no meaning then
+    cache              a file for what is slow here, the directions. Where it exists, they are read
+                       from it, also with another lr, alpha, lam, s_min, penalty or a smaller rank
+                       or basis_rank, and no batch is read. Else they are computed and written
     returns            SAdam
-    raises             ValueError: for bad arguments or layers before the model has run; for a layer
-                       that reads no token, or numbers that are not finite, after it
+    raises             ValueError: for bad arguments or layers, or a cache that was made for
+                       others, before the model has run; for a layer that reads no token, or numbers
+                       that are not finite, after it
     """
     check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty)           # Part II
     rank = check_model(model, target_modules, rank, zero_start, dense)       # Part II
     device = next(model.parameters()).device
 
-    C_pre = collect_covariances(model, pretrain_batches, target_modules)     # 3.1
-    C_task = collect_covariances(model, task_batches, target_modules)
-    bases = decompose(model, C_pre, C_task, rank, tau, basis_rank, device=device)  # 3.2, B.3
+    if cache and Path(cache).exists():
+        names = find_targets(model, target_modules)
+        bases = load_prepared(cache, model, names, rank, tau, basis_rank)    # Part II
+    else:
+        tokens = {"pretraining": 0, "task": 0}
+        pretrain = counted(pretrain_batches, tokens, "pretraining")          # Part II
+        task = counted(task_batches, tokens, "task")
+        C_pre = collect_covariances(model, pretrain, target_modules)                       # 3.1
+        C_task = collect_covariances(model, task, target_modules)
+        bases = decompose(model, C_pre, C_task, rank, tau, basis_rank, device=device)      # 3.2
+        if cache:
+            save_prepared(cache, model, bases, tau, basis_rank, tokens)      # Part II
     bases = same_in_all_processes(bases)                                     # Part II
     if dense:
         return attach_dense(model, bases, lr, lam, s_min, penalty)           # Appendix D
@@ -960,6 +973,8 @@ def read_weight(layer):
 
     A layer that PEFT has wrapped may be quantised in one of many formats. So W0 is read as the
     layer's output for the identity matrix, without its bias, which every format can compute."""
+    if type(layer) is nn.Linear:
+        return layer.weight.detach().float()
     base, weight = getattr(layer, "base_layer", layer), layer.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     # An input that needs a gradient keeps bitsandbytes from repacking its weights (see below).
@@ -1128,9 +1143,18 @@ def own_copy(t):
     return t.cpu().clone(memory_format=torch.contiguous_format)
 
 
+def is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def in_first_process():
+    """Two processes that wrote one file would spoil it."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
+
+
 def same_in_all_processes(bases):
     """Under torchrun, the first process's bases: two solvers may differ in signs."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.broadcast_object_list(bases)
     return bases
 
@@ -1168,6 +1192,71 @@ def first_A_bar(A, group):
         raise ValueError("an adapter is not where prepare has put it: load the optimiser's state "
                          "with it, or train with penalty=0")
     return torch.full_like(A0_bar, torch.nan)
+
+
+# ---- Preparing once ------------------------------------------------------------------------------
+
+def counted(batches, tokens, kind):
+    """The batches, while their tokens are added to tokens[kind], for whoever reads the file."""
+    for batch in batches:
+        if "attention_mask" in batch:
+            tokens[kind] += int((batch["attention_mask"] != 0).sum())
+        elif "input_ids" in batch:
+            tokens[kind] += batch["input_ids"].numel()
+        yield batch
+
+
+def save_prepared(path, model, bases, tau, basis_rank, tokens):
+    """Write what `decompose` has found, and what it was made for. Under another name first, so that
+    an interruption leaves no half of a file. Of several processes the first one writes."""
+    if in_first_process():
+        lengths = {name: row_length(model.get_submodule(name))
+                   for basis in bases for name in basis["modules"]}
+        made_for = {"tau": tau, "basis_rank": basis_rank, "rank": len(bases[0]["A0"]),
+                    "row_lengths": lengths, "tokens": tokens}
+        part = Path(f"{path}.part")
+        torch.save({"folora": made_for, "bases": bases}, part)
+        part.replace(path)
+
+
+def load_prepared(path, model, names, rank, tau, basis_rank):
+    """The bases of save_prepared for the layers `names`, cut to a smaller rank or basis_rank.
+
+    Anything else that differs would train other directions than those that were asked for, without
+    a sign. The lengths of the weights' rows tell one model from another of the same shape."""
+    try:
+        found = torch.load(path, "cpu", weights_only=True)
+        made_for, bases = found["folora"], found["bases"]
+    except Exception as error:
+        raise ValueError(f"{path} is no file of folora.prepare's ({type(error).__name__}): delete "
+                         "it, or name another") from error
+    saved_rank, saved_k, lengths = (made_for[key] for key in ("rank", "basis_rank", "row_lengths"))
+    differ = []
+    if made_for["tau"] != tau:
+        differ.append(f"tau is {made_for['tau']}")
+    if rank > saved_rank:
+        differ.append(f"the rank is {saved_rank}")
+    if saved_k is not None and (basis_rank is None or basis_rank > saved_k):
+        differ.append(f"basis_rank is {saved_k}")
+    if set(lengths) != set(names):
+        differ.append(f"there are {len(lengths)} layers, such as {min(lengths)}")
+    elif any(abs(row_length(model.get_submodule(name)) / length - 1) > 0.01
+             for name, length in lengths.items()):
+        differ.append("the weights are another model's")
+    if differ:
+        raise ValueError(f"{path} was made for something else: {', '.join(differ)} there. Delete "
+                         "it, or name another file")
+    return [cut(basis, rank, basis_rank) for basis in bases]
+
+
+def cut(basis, rank, k):
+    """The same input's directions with the first `rank` rows of A0 and the first k directions."""
+    A0_bar, NHN = basis["A0_bar"][:rank], basis["NHN"][:rank, :rank]
+    if k is not None:                                   # what V no longer has is part of N
+        NHN = NHN + A0_bar[:, k:] @ A0_bar[:, k:].mT
+    kept = {"A0": basis["A0"][:rank], "gamma": basis["gamma"][:k], "V": basis["V"][:, :k],
+            "A0_bar": A0_bar[:, :k], "NHN": NHN}
+    return basis | {name: own_copy(t) for name, t in kept.items()}
 
 
 # ---- Saving --------------------------------------------------------------------------------------

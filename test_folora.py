@@ -530,6 +530,53 @@ def test_all_processes_get_the_first_ones_bases(monkeypatch):
     assert [basis["modules"] for bases in given for basis in bases] == [["q_proj"]]
 
 
+@pytest.mark.parametrize("made, wanted", [
+    (dict(rank=3, basis_rank=5), dict(rank=3, basis_rank=5)),
+    (dict(rank=3, basis_rank=None), dict(rank=2, basis_rank=4, lam=3.0, lr=0.2, alpha=8, s_min=0.1,
+                                         penalty=2.0, zero_start=False))])
+def test_what_was_prepared_once_serves_other_settings(made, wanted, tmp_path):
+    """Without a batch, and as if it had been prepared for them. Each basis is cut in two ways."""
+    torch.manual_seed(0)
+    block, cache = Block(), tmp_path / "prepared.pt"
+    inputs = [[{"x": torch.randn(2, 40, 8) * torch.linspace(0.2, 2, 8).roll(n)}] for n in (0, 3)]
+    common = dict(target_modules=BLOCK_TARGETS)
+    folora.prepare(copy.deepcopy(block), *inputs, 0.1, **made, **common, cache=cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared.pt"]
+    assert torch.load(cache)["folora"]["tokens"] == {"pretraining": 0, "task": 0}    # not of text
+    wanted = dict(lr=0.1) | wanted
+    models = [copy.deepcopy(block) for _ in range(2)]
+    found = [folora.prepare(models[0], (), (), **wanted, **common, cache=cache),
+             folora.prepare(models[1], *inputs, **wanted, **common)]
+    for ours, theirs in zip(*(optimizer.param_groups for optimizer in found)):
+        for name in ("A0_bar", "NHN", "basis", "gate", "A0_mark"):
+            if ours[name] is not None:
+                close(ours[name].abs(), theirs[name].abs(), rtol=1e-3, atol=1e-4)
+        for name in ("lr", "scale", "shares", "partners", "penalty"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    x = torch.randn(3, 8)
+    close(models[0](x), models[1](x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how, message", [
+    (dict(tau=0.02), "tau is 0.01 there"), (dict(rank=4), "the rank is 3 there"),
+    (dict(basis_rank=6), "basis_rank is 5"), (dict(basis_rank=None), "basis_rank is 5"),
+    (dict(target_modules=["q_proj"]), "there are 2 layers, such as o_proj"),
+    (dict(other=True), "the weights are another model's"), (dict(broken=b"{}"), "is no file of"),
+    (dict(broken=b""), "is no file of")])
+def test_what_was_prepared_for_something_else_is_refused(how, message, tmp_path):
+    torch.manual_seed(0)
+    block, cache, inputs = Block(), tmp_path / "prepared.pt", [{"x": torch.randn(2, 40, 8)}]
+    common = dict(rank=3, basis_rank=5, target_modules=["q_proj", "o_proj"], lr=0.1, cache=cache)
+    folora.prepare(copy.deepcopy(block), inputs, inputs, **common)
+    if how.pop("other", None):
+        block.o_proj.weight.data *= 1.1
+    if "broken" in how:
+        cache.write_bytes(how.pop("broken"))
+    with pytest.raises(ValueError, match=message):
+        folora.prepare(block, (), (), **common | how)
+    assert not any(isinstance(m, folora.LoRALinear) for m in block.modules())
+
+
 def test_covariances_are_in_mean_eigenvalues():
     """And an input that is always 0 stays 0."""
     C = torch.stack([covariance(6, 40), 100 * covariance(6, 40), torch.zeros(6, 6)])
