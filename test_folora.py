@@ -1504,3 +1504,71 @@ def test_the_readmes_commands_are_options_that_exist():
     assert len(commands) > 2
     for rest in commands:
         train_math.parse_options(rest.split())
+
+
+# ---- on a GPU where there is one, against the CPU: python -m pytest -k on_this_device ------------
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on(device, batches):
+    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+
+
+@pytest.mark.parametrize("k", [16, None])
+def test_bases_on_this_device_are_the_cpus(k, trajectory):
+    model, _, inputs, _ = trajectory
+    groups = []
+    for device in (CPU, DEVICE):
+        here = copy.deepcopy(model).to(device)
+        optimizer = prepare_on(here, on(device, inputs), rank=8, basis_rank=k)
+        groups.append([group for group in optimizer.param_groups if group["basis"] is not None])
+    for ours, theirs in zip(*groups, strict=True):
+        assert theirs["basis"].device.type == DEVICE.type
+        close(theirs["gate"].cpu(), ours["gate"], rtol=1e-2, atol=1e-3)
+        assert theirs["shares"] == pytest.approx(ours["shares"], rel=1e-3)
+        # The gated projector: V itself is known up to signs, and close γ make it turn.
+        a, b = (V * gate @ V.mT for V, gate in
+                ((g["basis"].cpu().double(), g["gate"].cpu().double()) for g in (ours, theirs)))
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 3.0])
+def test_training_on_this_device_is_the_cpus_and_resumes(penalty, trajectory, tmp_path):
+    model, batches, inputs, _ = trajectory
+    found = []
+    for device in (CPU, DEVICE):
+        here = copy.deepcopy(model).to(device)
+        optimizer = prepare_on(here, on(device, inputs), rank=8, penalty=penalty)
+        losses = descend(here, optimizer, on(device, batches))
+        found.append([*losses.tolist(), optimizer.forgetting()])
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    torch.save([here.state_dict(), optimizer.state_dict()], tmp_path / "state")
+    other = copy.deepcopy(model).to(DEVICE)
+    resumed = prepare_on(other, on(DEVICE, inputs), rank=8, penalty=penalty)
+    weights, state = torch.load(tmp_path / "state", CPU)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    again = [descend(m, o, on(DEVICE, batches)).tolist()
+             for m, o in ((here, optimizer), (other, resumed))]
+    assert again[0] == pytest.approx(again[1], rel=1e-6)
+
+
+def test_sampling_on_this_device_is_repeated_by_its_seed_alone(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]).to(DEVICE), tiny[1]
+    before = torch.get_rng_state()
+    first, second, other = (folora.sample_calibration(model, tokenizer, 6, 40, 48, seed=seed)
+                            for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, first, second)) and not all(map(torch.equal, first, other))
+
+
+def test_bfloat16_on_this_device_learns(trajectory):
+    model, batches, inputs, _ = trajectory
+    model = copy.deepcopy(model).bfloat16().to(DEVICE)
+    optimizer = prepare_on(model, on(DEVICE, inputs), rank=8, penalty=1.0)
+    group = optimizer.param_groups[0]
+    assert group["basis"].dtype == torch.bfloat16 and group["params"][0].dtype == torch.float32
+    first, *_ = descend(model, optimizer, on(DEVICE, batches))
+    last, *_ = descend(model, optimizer, on(DEVICE, batches))
+    assert last < first and optimizer.forgetting() > 0

@@ -7,7 +7,9 @@ Where methods are compared, their runs alternate. assets/bench.json keeps the me
 the greatest of the repetitions. Times belong to their machine; the ratios are what to compare.
 """
 import argparse
+import functools
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -29,7 +31,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPE = dict(hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
              head_dim=128, intermediate_size=6144, vocab_size=151936, tie_word_embeddings=True)
-SMALL = dict(SHAPE, hidden_size=64, num_hidden_layers=2, head_dim=8, intermediate_size=128)
+QWEN25_SHAPE = dict(SHAPE, hidden_size=1536, num_attention_heads=12, num_key_value_heads=2,
+                    intermediate_size=8960)
+SMALL = dict(SHAPE, hidden_size=64, num_hidden_layers=2, head_dim=8, intermediate_size=128,
+             vocab_size=2000)
 # Each of Qwen3-1.7B's 28 blocks has four inputs: their widths, and those of what reads them.
 QWEN3 = [(2048, (2048, 1024, 1024)), (2048, (2048,)), (2048, (6144, 6144)), (6144, (2048,))] * 28
 
@@ -111,7 +116,8 @@ def corda(model, texts, rank):
     lora = config.LoraConfig(r=rank, target_modules=list(folora.TARGET_MODULES),
                              corda_config=config.CordaConfig(corda_method="kpm"))
     corda.preprocess_corda(model, lora, run_model=lambda: [
-        model(torch.tensor([ids]), use_cache=False, logits_to_keep=1) for ids in texts])
+        model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
+        for ids in texts])
 
 
 def preparation(name, layers, rank, k, *sizes):
@@ -155,39 +161,146 @@ def eigen_rows(d, rank=128):
         yield row(f"one input of d_in = {d}: {part}, s", [seconds(work)])
 
 
-def gpu_rows(quick, count):
-    """The paper's setting. With quick: small shapes, and on a CPU all but the memory."""
-    shape, name = (SMALL, "small shapes") if quick else (SHAPE, "Qwen3-1.7B's shapes")
-    rank, length, batch, texts = (8, 64, 8, 16) if quick else (128, 512, 128, 2000)
+def random_model(shape):
+    """Qwen3's architecture in a shape, with random weights: in bfloat16 on a GPU."""
+    with DEVICE:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    return model.bfloat16() if CUDA else model
 
-    def load():
-        with DEVICE:
-            return Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16().eval()
-    for method, k in METHODS.items() if CUDA else ():
-        step, _ = adapted(load(), k, rank, batch, length, 16)
-        torch.cuda.reset_peak_memory_stats()
-        step(), step()                                     # the second has the moments
-        size = torch.cuda.max_memory_allocated() / 1e9
-        yield row(f"peak memory of a step, {name}: {method}, GB", [size], 56.9, 30)
-    yield from step_rows(load, name, count, 1.005, rank, batch, length, 16)
-    model, ids = load(), torch.randint(10, 1000, (texts, length)).tolist()
-    options, C = train_math.parse_options(["--micro-batch-size", "16"]), []
-    collect = lambda: C.extend(train_math.covariances(options, model, some, "covariances")
-                               for some in (ids, ids[:256]))
-    yield row(f"covariances, {texts} texts and C_task's, s", [seconds(collect)], 241, 30)
-    for k in (96, None):
-        decompose = lambda k=k: folora.decompose(model, *C, rank, 0.01, k, device=DEVICE)
-        yield row(f"eigenproblems, k = {k or 'all'}, s", [seconds(decompose)], 28, 15)
+
+def peak_gb(work):
+    """(seconds, peak GB while work() runs). Without a GPU the memory is nan."""
+    if not CUDA:
+        return seconds(work), math.nan
+    torch.cuda.reset_peak_memory_stats()
+    return seconds(work), torch.cuda.max_memory_allocated() / 1e9
+
+
+# What is trained side by side on a GPU, as train_math.py's options.
+RIVALS = {"LoRA": "--method lora", "FoLoRA": "--penalty 0", "FoLoRA + penalty": "--penalty 3",
+          "LoRA + KL": "--method lora --kl 1"}
+
+
+def gpu_step_rows(shape, name, rank, batch, length, repetitions):
+    """Seconds and peak memory of a training step of each of RIVALS, alternating."""
+    for checkpointing in (0, 1):
+        steps = []
+        for flags in RIVALS.values():
+            options = f"{flags} --rank {rank} --micro-batch-size {batch}"
+            options = train_math.parse_options(options.split())
+            model = random_model(shape)
+            ids = torch.randint(10, shape["vocab_size"], (batch, length)).tolist()
+            examples = [{"ids": text, "labels": [-100] * (length // 2) + text[length // 2:]}
+                        for text in ids]
+            bases = None
+            if options.method == "folora":
+                bases = train_math.solve(options, model, ids[:2], examples[:2])
+            optimizer = train_math.add_adapters(options, model, bases)
+            steps.append(functools.partial(gpu_step, options, model, optimizer, examples, ids[:4],
+                                           checkpointing))
+        rounds = [[peak_gb(step) for step in steps] for _ in range(1 + repetitions)][1:]
+        what = f"{name}, rank {rank}, {batch} x {length} tokens, checkpointing {checkpointing}"
+        for method, values in zip(RIVALS, zip(*rounds)):
+            times, peaks = zip(*values)
+            yield row(f"step, {what}: {method}, s", times)
+            yield row(f"step, {what}: {method}, peak GB", peaks)
+
+
+def gpu_step(options, model, optimizer, examples, texts, checkpointing):
+    train_math.recompute(model, checkpointing)
+    train_math.gradients(model, optimizer, examples, options.micro_batch_size, options.kl,
+                         texts if options.kl else ())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gpu_preparation_rows(shape, name, rank, texts, length):
+    """The parts of `prepare`: sampling, covariances, eigenproblems by width and null spaces."""
+    model = random_model(shape)
     tokenizer = argparse.Namespace(bos_token_id=1, eos_token_id=2, decode=str)
-    sample = lambda: folora.sample_calibration(model, tokenizer, texts, length // 4, length, 256)
-    yield row(f"{texts} texts of up to {length} tokens sampled, s", [seconds(sample)], 1146, 200)
+    options = train_math.parse_options(["--micro-batch-size", "16"])
+    ids = torch.randint(10, shape["vocab_size"], (texts, length)).tolist()
+    parts = {
+        f"{texts} texts of up to {length} tokens sampled": lambda: folora.sample_calibration(
+            model, tokenizer, texts, length // 2, length, 64),
+        f"covariances, {texts} x {length} tokens": lambda: train_math.covariances(
+            options, model, ids, "covariances"),
+        "PEFT's CorDA, two blocks, the same tokens": lambda: corda(
+            random_model(shape | {"num_hidden_layers": 2}), ids, rank)}
+    for d in sorted({shape["hidden_size"], shape["intermediate_size"]}):
+        x = torch.randn(2, 2 * d, d, device=DEVICE) * torch.logspace(0, -3, d, device=DEVICE)
+        pre, task = folora.unit_energy(x.mT @ x)
+        parts |= {
+            f"one eigenproblem, d_in = {d}": lambda pre=pre, task=task:
+                folora.generalized_eigenbasis(task, pre, 0.01),
+            f"four in a stack, d_in = {d}": lambda pre=pre, task=task:
+                folora.generalized_eigenbasis(task.expand(4, -1, -1), pre.expand(4, -1, -1), 0.01),
+            f"one null space, d_in = {d}": lambda pre=pre: folora.null_space(pre, rank)}
+    for part, work in parts.items():
+        time, peak = peak_gb(work)
+        yield row(f"{name}, {part}, s", [time])
+        yield row(f"{name}, {part}, peak GB", [peak])
+
+
+def gpu_rows(quick):
+    """What assets/gpu.sh measures: at two models' shapes, with random weights in bfloat16."""
+    shapes = {"Qwen2.5-1.5B's shapes": QWEN25_SHAPE, "Qwen3-1.7B's shapes": SHAPE}
+    rank, batch, length, texts, count = 128, 16, 512, 64, 2
+    if quick:
+        shapes, (rank, batch, length, texts, count) = {"small shapes": SMALL}, (8, 2, 32, 2, 1)
+    for name, shape in shapes.items():
+        for rows in (gpu_step_rows(shape, name, rank, batch, length, count),
+                     gpu_preparation_rows(shape, name, rank, texts, length)):
+            try:
+                yield from rows
+            except (RuntimeError, ValueError) as error:        # such as too little memory
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def print_row(r):
+    spread = f"{r['median']:.4g} ({r['least']:.4g} to {r['greatest']:.4g}, {r['n']})"
+    print(f"| {r['row']} | {spread} | {r['paper'] or ''} | {r['bar'] or ''} |", flush=True)
+
+
+def device_name():
+    return torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+
+
+def write_gpu_rows(out, quick):
+    """Each row is printed and kept as soon as it is measured: the time limit may come first."""
+    rows = []
+    print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
+    for r in gpu_rows(quick):
+        rows.append(r)
+        print_row(r)
+        results = {"torch": torch.__version__, "device": device_name(), "rows": rows}
+        Path(out).write_text(json.dumps(results, indent=1))
+
+
+def write_random_checkpoint(directory, quick):
+    """Qwen2.5-1.5B's shapes, or small ones, with random weights and the embedded model's tokenizer,
+    for a run of train_math.py from end to end."""
+    tokenizer = ev.load_model("tiny", "cpu", torch.float32)[1]
+    model = random_model(SMALL if quick else QWEN25_SHAPE)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+        setattr(model.config, name, getattr(tokenizer, name))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--quick", action="store_true", help="small, once, nothing written")
+    parser.add_argument("--gpu", action="store_true", help="the rows of assets/gpu.sh alone")
+    parser.add_argument("--out", help="where --gpu writes its rows")
+    parser.add_argument("--random-checkpoint", metavar="DIR", help="write random weights, and stop")
     options = parser.parse_args()
+    if options.random_checkpoint:
+        return write_random_checkpoint(options.random_checkpoint, options.quick)
+    if options.gpu:
+        return write_gpu_rows(options.out, options.quick)
     name, quick = Path(options.model).name, options.quick
     count, rank, layers, batch, length = (1, 8, 2, 4, 32) if quick else (3, 64, 6, 16, 200)
     load = lambda: ev.load_model(options.model, DEVICE, torch.bfloat16)
@@ -201,14 +314,11 @@ def main():
             *memory_rows(),
             *(row for d in ((64, 320) if quick else (1536, 8960)) for row in eigen_rows(d)),
             *preparation_rows(options.model, 1, layers, rank, 96, ours, theirs),
-            row(f"{texts} texts of up to {tokens} tokens sampled, s", [seconds(sample)]),
-            *(gpu_rows(quick, count) if CUDA or quick else ())]
+            row(f"{texts} texts of up to {tokens} tokens sampled, s", [seconds(sample)])]
     print("| what | median (least to greatest, n) | paper | bar |\n|---|---|---|---|")
     for r in rows:
-        spread = f"{r['median']:.4g} ({r['least']:.4g} to {r['greatest']:.4g}, {r['n']})"
-        print(f"| {r['row']} | {spread} | {r['paper'] or ''} | {r['bar'] or ''} |")
-    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    results = {"model": name, "torch": torch.__version__, "device": device, "rows": rows}
+        print_row(r)
+    results = {"model": name, "torch": torch.__version__, "device": device_name(), "rows": rows}
     if not quick:
         Path(__file__).with_name("bench.json").write_text(json.dumps(results, indent=1))
 
