@@ -72,6 +72,7 @@ DeepSpeed, MPS, GradScaler. Schedules and clipping belong to the training loop: 
 import itertools
 import json
 import math
+import re
 import weakref
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
@@ -784,7 +785,7 @@ def attach_dense(model, bases, lr, lam=1.0, s_min=0.0, penalty=0.0):
 
 def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau=0.01, lam=1.0,
             s_min=0.0, target_modules=TARGET_MODULES, zero_start=True, basis_rank=96,
-            scale_lr_B=True, penalty=0.0, dense=False, cache=None):
+            scale_lr_B=True, penalty=0.0, dense=False, cache=None, passes=1):
     """FoLoRA in one call: adapt a model in place, freeze the rest, and return its optimiser.
 
     Move the model to its device and dtype before. A PEFT model keeps its own rank, alpha, targets
@@ -812,6 +813,10 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     cache              a file for what is slow here, the directions. Where it exists, they are read
                        from it, also with another lr, alpha, lam, s_min, penalty or a smaller rank
                        or basis_rank, and no batch is read. Else they are computed and written
+    passes             C_pre and C_task together take 8 d_in² bytes for each input of a layer, first
+                       on the GPU, then in host memory: 44 GB for Llama-2-7B. With n passes the
+                       layers are prepared in n parts, one after another, in an n-th of it. The
+                       batches, which must be lists then, are read n times
     returns            SAdam
     raises             ValueError: for bad arguments or layers, or a cache that was made for
                        others, before the model has run; for a layer that reads no token, or numbers
@@ -819,19 +824,21 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
     """
     check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty)           # Part II
     rank = check_model(model, target_modules, rank, zero_start, dense)       # Part II
+    check_batches((pretrain_batches, task_batches), passes)                  # Part II
     device = next(model.parameters()).device
 
     if cache and Path(cache).exists():
         names = find_targets(model, target_modules)
         bases = load_prepared(cache, model, names, rank, tau, basis_rank)    # Part II
     else:
-        tokens = {"pretraining": 0, "task": 0}
-        pretrain = counted(pretrain_batches, tokens, "pretraining")          # Part II
-        task = counted(task_batches, tokens, "task")
-        C_pre = collect_covariances(model, pretrain, target_modules)                       # 3.1
-        C_task = collect_covariances(model, task, target_modules)
-        bases = decompose(model, C_pre, C_task, rank, tau, basis_rank, device=device)      # 3.2
+        bases = []
+        for part in parts(model, target_modules, passes):                    # Part II
+            C_pre = collect_covariances(model, pretrain_batches, part)                     # 3.1
+            C_task = collect_covariances(model, task_batches, part)
+            bases += decompose(model, C_pre, C_task, rank, tau, basis_rank, device=device)  # 3.2
+            del C_pre, C_task                           # before the next part's are summed
         if cache:
+            tokens = [count_tokens(some) for some in (pretrain_batches, task_batches)]
             save_prepared(cache, model, bases, tau, basis_rank, tokens)      # Part II
     bases = same_in_all_processes(bases)                                     # Part II
     if dense:
@@ -991,6 +998,12 @@ def row_length(layer):
 
 
 # ---- Refusals, before any long work --------------------------------------------------------------
+
+def check_batches(batches, passes):
+    """An iterator can be read once: later parts of the layers would read nothing."""
+    if passes > 1 and any(iter(some) is some for some in batches):
+        raise ValueError(f"passes={passes} reads the batches {passes} times: give lists")
+
 
 def check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty):
     """NaN and numbers out of range would show as a loss that is not finite, or not at all."""
@@ -1194,16 +1207,27 @@ def first_A_bar(A, group):
     return torch.full_like(A0_bar, torch.nan)
 
 
-# ---- Preparing once ------------------------------------------------------------------------------
+# ---- Preparing in parts, and once ----------------------------------------------------------------
 
-def counted(batches, tokens, kind):
-    """The batches, while their tokens are added to tokens[kind], for whoever reads the file."""
-    for batch in batches:
-        if "attention_mask" in batch:
-            tokens[kind] += int((batch["attention_mask"] != 0).sum())
-        elif "input_ids" in batch:
-            tokens[kind] += batch["input_ids"].numel()
-        yield batch
+def parts(model, target_modules, count):
+    """The adapted layers as `count` lists of names, each of whole blocks of the model: layers that
+    share an input stay together, or they would get the same basis twice."""
+    blocks = {}
+    for name in find_targets(model, target_modules):
+        block = re.match(r"(.*\.\d+\.|)", name).group()  # "model.layers.3." of a projection's name
+        blocks.setdefault(block, []).append(name)
+    blocks = list(blocks.values())
+    for i in range(min(count, len(blocks))):
+        yield [name for block in blocks[i::count] for name in block]
+
+def count_tokens(batches):
+    """The number of tokens in batches of text, for the file to say, or None if they were an
+    iterator and are gone."""
+    if iter(batches) is batches:
+        return None
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+             for batch in batches if "input_ids" in batch]
+    return sum(int((mask != 0).sum()) for mask in masks)
 
 
 def save_prepared(path, model, bases, tau, basis_rank, tokens):
@@ -1213,7 +1237,7 @@ def save_prepared(path, model, bases, tau, basis_rank, tokens):
         lengths = {name: row_length(model.get_submodule(name))
                    for basis in bases for name in basis["modules"]}
         made_for = {"tau": tau, "basis_rank": basis_rank, "rank": len(bases[0]["A0"]),
-                    "row_lengths": lengths, "tokens": tokens}
+                    "row_lengths": lengths, "tokens of text and task": tokens}
         part = Path(f"{path}.part")
         torch.save({"folora": made_for, "bases": bases}, part)
         part.replace(path)

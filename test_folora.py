@@ -542,7 +542,7 @@ def test_what_was_prepared_once_serves_other_settings(made, wanted, tmp_path):
     common = dict(target_modules=BLOCK_TARGETS)
     folora.prepare(copy.deepcopy(block), *inputs, 0.1, **made, **common, cache=cache)
     assert [path.name for path in tmp_path.iterdir()] == ["prepared.pt"]
-    assert torch.load(cache)["folora"]["tokens"] == {"pretraining": 0, "task": 0}    # not of text
+    assert torch.load(cache)["folora"]["tokens of text and task"] == [0, 0]  # they are not text
     wanted = dict(lr=0.1) | wanted
     models = [copy.deepcopy(block) for _ in range(2)]
     found = [folora.prepare(models[0], (), (), **wanted, **common, cache=cache),
@@ -555,6 +555,29 @@ def test_what_was_prepared_once_serves_other_settings(made, wanted, tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
     x = torch.randn(3, 8)
     close(models[0](x), models[1](x), rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_are_prepared_in_parts_have_the_same_bases(trajectory, monkeypatch, tmp_path):
+    """And of C_pre and C_task there is a third at a time."""
+    model, _, inputs, _ = trajectory
+    made, found = [], []
+    note = lambda model, C, *more, **how: made.append(len(C)) or DEFAULT
+    monkeypatch.setattr(folora, "decompose", Mock(wraps=folora.decompose, side_effect=note))
+    for passes in (1, 3):
+        optimizer = prepare_on(copy.deepcopy(model), inputs, rank=8, passes=passes,
+                               cache=tmp_path / f"{passes}.pt")
+        found.append(torch.load(tmp_path / f"{passes}.pt"))
+    whole, *thirds = made
+    assert len(thirds) == 3 and sum(thirds) == whole and max(thirds) < whole / 2
+    bases = [{basis["modules"][0]: basis for basis in one["bases"]} for one in found]
+    assert bases[0].keys() == bases[1].keys() and len(optimizer.param_groups) > 8
+    for name, basis in bases[0].items():
+        close(basis["gamma"], bases[1][name]["gamma"], rtol=1e-4, atol=1e-5)
+    text = inputs[:len(inputs) // 2]
+    count = sum(int(batch["attention_mask"].sum()) for batch in text)
+    assert found[0]["folora"]["tokens of text and task"][0] == count
+    with pytest.raises(ValueError, match="passes=2 reads the batches 2 times: give lists"):
+        folora.prepare(copy.deepcopy(model), iter(inputs), inputs, 0.1, 2, passes=2)
 
 
 @pytest.mark.parametrize("how, message", [
