@@ -20,16 +20,17 @@ Without --tasks they are those of the second line; for tiny, gsm8k and all its s
                         or else the first model
 
 The rows below are Avg1, the mean preservation score; Avg1(%), relative to the first column; Avg2,
-the mean target score; GM, the root of Avg1 times Avg2. Other benchmarks are lm-eval's:
-assets/RESULTS.md has its commands.
+the mean target score; GM, the root of Avg1 times Avg2. Each score is also written to stderr as soon
+as it is known. Other benchmarks are lm-eval's: assets/RESULTS.md has its commands.
 
 train_math.py imports from here what both scripts need. By heading: prompts and tasks, errors,
 loading a model, data, the prompt and its labels, the loss and the drift, answers, the table.
 """
 import json
+import math
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -38,9 +39,10 @@ import datasets
 import pandas
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import folora
 
@@ -122,7 +124,13 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {str(error).strip()}") from error
+        cause = str(error).strip() or type(error).__name__
+        raise UserError(f"{what}: {cause}") from error
+
+
+def say(message):
+    """A line on stderr, above the bars."""
+    tqdm.write(message, sys.stderr)
 
 
 def one_line(main):
@@ -138,36 +146,44 @@ def one_line(main):
             elif not isinstance(error, MENDABLE):
                 raise
             status = 1 if isinstance(error, FloatingPointError) else 2
-        tqdm.write(message.splitlines()[0], sys.stderr)              # main's bars are closed by now
+        say(message.splitlines()[0])                 # main's bars are closed by now
         sys.exit(status)
     return guarded
 
 
 # ---- Loading a model -----------------------------------------------------------------------------
 
+DTYPES = ("auto", "float32", "bfloat16")
 # Whose models have these short names.
 OWNERS = {"Qwen": "Qwen/", "Llama": "meta-llama/", "SmolLM": "HuggingFaceTB/"}
 
 
-def find_model(name):
+def find_model(name, above=()):
     """(weights, adapter, run) of a MODEL.
 
     weights   directory or hub id of the weights
     adapter   directory of a PEFT adapter on top of them, or None
     run       options of the train_math.py run that made it. Of these a plain adapter has its base
               alone, {"model": base}, and a checkpoint has none, {}
+    above     the adapters that have led here, which must not lead here again
     """
+    need(name, "the name of a model is empty")
     path, run = Path(name), {}
     if name == "tiny":
         path = TINY
-    if (path / "summary.json").exists():             # a finished run
-        run = json.loads((path / "config.json").read_text())["options"]
+    if (path / "config.json").exists():
+        run = run_options(path)
+    if run:
+        need((path / "summary.json").exists(), f"{path} is an unfinished run: repeat its command")
         path /= "merged" if (path / "merged").exists() else "adapter"
     if (path / "adapter_config.json").exists():
-        config = json.loads((path / "adapter_config.json").read_text())
+        config = read_object(path / "adapter_config.json")
         run = run or {"model": config.get("base_model_name_or_path")}
-        need(run["model"], f"{path}/adapter_config.json has no base_model_name_or_path: add it")
-        weights, _, _ = find_model(run["model"])
+        need(run["model"] and isinstance(run["model"], str),
+             f"{path}/adapter_config.json has no base_model_name_or_path: add it")
+        need(path.resolve() not in above, f"{path} is an adapter whose base is itself: write the "
+             "base into adapter_config.json as base_model_name_or_path")
+        weights, _, _ = find_model(run["model"], (*above, path.resolve()))
         return weights, path, run
     if path.is_dir():
         return str(path), None, run
@@ -179,12 +195,63 @@ def find_model(name):
     return owner + name, None, {}
 
 
+def read_object(path):
+    """The JSON object in a file."""
+    with blame(f"{path} is damaged"):
+        value = json.loads(path.read_text())
+        need(isinstance(value, dict), "it holds no {...}")
+    return value
+
+
+def run_options(path):
+    """The options of the run of train_math.py in a directory, or {} where its config.json is that
+    of a checkpoint. Beside a run's summary.json it must be a run's."""
+    options = read_object(path / "config.json").get("options")
+    if options is None and not (path / "summary.json").exists():
+        return {}
+    number = isinstance(options, dict) and options.get("calibration_max_tokens", 256)
+    need(isinstance(options, dict) and isinstance(options.get("model"), str)
+         and isinstance(number, int) and options.get("dtype", "auto") in DTYPES,
+         f"{path}/config.json is not that of a run of train_math.py")
+    return options
+
+
 def pick_device(dtype="auto"):
     """The GPU if there is one, and a dtype's name; auto: bfloat16 on a GPU, else float32."""
     cuda = torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return "cuda" if cuda else "cpu", dtype
+
+
+def judge(name):
+    """(tokenizer, config) of a MODEL. Refuses all that can be found wrong with it without reading
+    its weights, so that it does not show when others have been scored for an hour."""
+    path, adapter, run = find_model(name)
+    with blame(f"cannot load the model {name}"):
+        if adapter:
+            tokenizer, config = judge(run["model"])
+            with torch.device("meta"):               # no memory
+                adapted_layers(AutoModelForCausalLM.from_config(config), adapter)
+            return tokenizer, config
+        config = AutoConfig.from_pretrained(path)
+        if Path(path).is_dir():
+            files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
+            need(files, f"{path} has no weights, *.safetensors")
+            for file in files:
+                if file.suffix == ".safetensors":
+                    with safe_open(file, "pt"):      # refuses a file that is not complete
+                        pass
+        return load_tokenizer(path), config
+
+
+def load_tokenizer(path):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    # BERT's kind has another name for what ends a text. Without any, a response has no end.
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    need(tokenizer.eos_token is not None, "its tokenizer has no eos_token: set one")
+    return tokenizer
 
 
 def load_model(name, device, dtype):
@@ -194,56 +261,99 @@ def load_model(name, device, dtype):
         if adapter:
             model, tokenizer = load_model(run["model"], device, dtype)
             merge_adapter(model, adapter)
-            return model, tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
-                                                           output_loading_info=True)
-        # transformers only warns where weights are missing, and then makes them up.
-        need(not info["missing_keys"] and not info["unexpected_keys"], f"wrong weights: {info}")
+        else:
+            tokenizer = load_tokenizer(path)
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype,
+                                                               output_loading_info=True)
+            # transformers only warns where weights are missing, and then makes them up.
+            need(not info["missing_keys"] and not info["unexpected_keys"], f"wrong weights: {info}")
+            rows = model.get_input_embeddings().num_embeddings
+            need(max(tokenizer.vocab_size, tokenizer.eos_token_id + 1) <= rows,
+                 f"its tokenizer has more tokens than the {rows} of its embedding")
+        # NaN would show as wrong answers, or after an hour as a loss that is no number.
+        for key, weight in model.named_parameters():
+            if weight.is_floating_point() and weight.element_size() > 1:
+                need(weight.isfinite().all(), f"{key} has numbers that are not finite")
     return model.to(device).eval(), tokenizer
+
+
+def adapted_layers(model, folder):
+    """[(name, κ)] of the layers that a PEFT adapter changes. Refuses anything else but a plain LoRA
+    on nn.Linear layers of this model, which may be on the meta device: merge_adapter would compute
+    it wrong, and broadcasting would hide a wrong shape."""
+    config = read_object(folder / "adapter_config.json")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    odd = re.findall("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
+    odd += [key for key in shapes if not re.search("lora_[AB].weight$", key)]
+    odd += [key for key in ("alpha_pattern", "fan_in_fan_out", "alora_invocation_tokens",
+                            "use_qalora", "use_dora") if config.get(key)]
+    odd += [kind for kind in [config.get("peft_type", "LORA")] if kind != "LORA"]
+    need(not odd, f"not plain LoRA, merge it with PEFT: {odd}")
+    need(shapes, f"{folder}/adapter_model.safetensors has no weights")
+    alpha, modules = config.get("lora_alpha"), dict(model.named_modules())
+    need(type(alpha) in (int, float) and math.isfinite(alpha),
+         f"{folder}/adapter_config.json has no number as lora_alpha")
+    layers = {}
+    for key in shapes:
+        name, _, _ = key.removeprefix("base_model.model.").rpartition(".lora_")
+        A, B = (shapes.get(weight) for weight in factor_names(name))
+        layer = modules.get(name)
+        need(isinstance(layer, torch.nn.Linear), f"{name} is no nn.Linear of the adapter's base")
+        need(A and B, f"{name} has a lora_A or a lora_B, but not both")
+        rank = A[0]
+        need(rank == config.get("r") or config.get("rank_pattern"),
+             f"{name} has the rank {rank}, and adapter_config.json has another r")
+        need((A, B) == ([rank, layer.in_features], [layer.out_features, rank]),
+             f"{name} has factors {A} and {B} on a weight {[*layer.weight.shape]}")
+        layers[name] = alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+    return layers.items()
+
+
+def factor_names(name):
+    """What PEFT calls A and B of a layer."""
+    return [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
 
 
 @torch.no_grad()
 def merge_adapter(model, folder):
     """Add a PEFT adapter's κ B A to the model's weights: in float32, and rounded once."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    layers = adapted_layers(model, folder)
     weights = load_file(folder / "adapter_model.safetensors", str(model.device))
-    # Anything else but a plain LoRA would be computed wrong below.
-    odd = re.findall("pissa|olora|corda|loftq|lora_ga", str(config.get("init_lora_weights")))
-    odd += [key for key in weights if not re.search("lora_[AB].weight$", key)]
-    odd += [key for key in ("alpha_pattern", "fan_in_fan_out") if config.get(key)]
-    need(not odd, f"not plain LoRA, merge it with PEFT: {odd}")
-    for key in weights:
-        if "lora_A" not in key:
-            continue
-        A = weights[key].float()
-        B = weights[key.replace("lora_A", "lora_B")].float()
-        rank = len(A)
-        kappa = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    for name, kappa in layers:
+        A, B = (weights[key].float() for key in factor_names(name))
         model.get_submodule(name).weight += kappa * B @ A
 
 
-def positions(model):
-    """The greatest number of tokens in a text that the model was made for."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+def positions(config):
+    """The greatest number of tokens in a text that a model of this config was made for."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 
 def read_rows(source, split="train", limit=None):
     """The rows (dicts) of a .jsonl file or of a hub data set, owner/name[:configuration]."""
-    name, _, config = source.partition(":")
-    with blame(f"{source}: no such file or hub data set can be read"):
-        if not source.endswith((".jsonl", ".json")):
+    if not source.lower().endswith((".jsonl", ".json")):
+        # What is meant as a file must not be looked for on the hub, nor be read as the hub does.
+        is_file = Path(source).exists() or re.search(r"\.(csv|tsv|txt|parquet|gz)$", source, re.I)
+        is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[^/]+)?", source)
+        need(is_id and not is_file, f"{source}: no .jsonl file, and no hub id (owner/name)")
+        name, _, config = source.partition(":")
+        with blame(f"{source}: no such file or hub data set can be read"):
             return list(datasets.load_dataset(name, config or None, split=split))[:limit]
+    with blame(f"{source}: no such file can be read"):
         # Lines of bytes: those of a str would also end at U+2028, which a text may hold.
-        lines = Path(source).read_bytes().strip().splitlines()[:limit]
+        lines = Path(source).read_bytes().rstrip().splitlines()[:limit]
     need(lines, f"{source}: no rows")
     rows = []
     for number, line in enumerate(lines, 1):
         with blame(f"{source}, line {number}: not JSON with fields, {{...}}, in UTF-8"):
-            rows.append(dict(json.loads(line)))
+            row = json.loads(line)
+            need(isinstance(row, dict), f"a row is one line, not {str(row)[:20]}")
+            # Half of a surrogate pair, "\\ud800", is in no text, and no tokenizer takes it.
+            json.dumps(row, ensure_ascii=False).encode()
+            rows.append(row)
     return rows
 
 
@@ -255,14 +365,22 @@ def texts_in(row, names, where):
         value = value.get("aliases")
     if not isinstance(value, list):
         value = [value]
-    texts = [text for text in value if isinstance(text, str) and text.strip()]
+    are_texts = all(isinstance(text, str) for text in value)
+    texts = [text for text in value if are_texts and text.strip()]
     need(texts, f"{where}: no field called {names} with a text in it: {[*row]}")
     return texts
 
 
+def text_in(row, names, where):
+    """The text in the first of these fields that is not empty. A list would lose all but one."""
+    [text, *more] = texts_in(row, names, where)
+    need(not more, f"{where}: {len(more) + 1} texts in {names}, which takes one")
+    return text
+
+
 def given_texts(rows, source):
     """The texts of rows that have nothing else."""
-    return [texts_in(row, "text or question", f"{source}, line {number}")[0]
+    return [text_in(row, "text or question", f"{source}, line {number}")
             for number, row in enumerate(rows, 1)]
 
 
@@ -271,9 +389,9 @@ def to_pairs(rows, source):
     pairs = []
     for number, row in enumerate(rows, 1):
         where = f"{source}, line {number}"
-        asked = texts_in(row, "question or query or instruction or problem", where)[0]
+        asked = text_in(row, "question or query or instruction or problem", where)
         if row.get("input"):                         # Alpaca's second field
-            asked = f"{asked}\n{row['input']}"
+            asked = f"{asked}\n{text_in(row, 'input', where)}"
         texts = texts_in(row, "answers or answer or response or output or solution", where)
         # GSM8K's "#### 18" becomes "The answer is: 18", as in MetaMathQA, and its <<calculator>>
         # notes are removed.
@@ -283,44 +401,82 @@ def to_pairs(rows, source):
     return pairs
 
 
+def sources_of(names):
+    """{task: file, hub id or ""} of "gsm8k,nq_open=dev.jsonl,drift"."""
+    sources = {}
+    for item in filter(None, names.split(",")):
+        name, sign, path = item.partition("=")
+        need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
+        need(name not in sources, f"the task {name} is named twice")
+        need(path or not sign, f"{item} names no file")
+        need(name != "drift" or not path, "drift takes no file: the model writes its texts")
+        sources[name] = path or TASKS[name].source
+    return sources
+
+
 def load_tasks(names, limit=None):
     """{task: pairs} of "gsm8k,nq_open=dev.jsonl,drift". prose has texts instead, and drift nothing.
     All data is read and checked now, so that a mistake in it does not show after an hour."""
     tasks = {}
-    for item in filter(None, names.split(",")):
-        name, _, path = item.partition("=")
-        need(name in TASKS, f"unknown task {name}: there are {', '.join(TASKS)}")
-        source = path or TASKS[name].source
+    for name, source in sources_of(names).items():
         rows = read_rows(source, TASKS[name].split, limit) if source else []
         tasks[name] = given_texts(rows, source) if name == "prose" else to_pairs(rows, source)
         if name == "gsm8k":
             for number, (_, answers) in enumerate(tasks[name], 1):
                 need(final_number(answers[0]) is not None, f"{source}, line {number}: its answer "
                      "has no number after #### or The answer is:")
+    need(tasks, "nothing to score: give --tasks")
     return tasks
 
 
 # ---- The prompt and its labels -------------------------------------------------------------------
+
+def encode(tokenizer, texts):
+    """The token lists of texts, with what the tokenizer puts before a text, such as BOS, but
+    without what it puts behind it, such as EOS or BERT's [SEP]. A prompt that ends so is not the
+    beginning of prompt and answer, and models have nothing to say behind it."""
+    lists = tokenizer(texts)["input_ids"]
+    whole, bare = lists[0], tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    # `whole` is some tokens, `bare`, and some more.
+    ends = [end for end in range(len(bare), len(whole) + 1) if whole[end - len(bare):end] == bare]
+    behind = len(whole) - max(ends, default=len(whole))
+    return [ids[:len(ids) - behind] for ids in lists]
+
+
+def encode_texts(tokenizer, texts, longest, source):
+    """Token lists of texts that bear a loss or are read, of at most `longest` tokens."""
+    lists = encode(tokenizer, texts)
+    need(any(len(ids) > 1 for ids in lists) and all(lists), f"{source}: no text of two tokens, or "
+         "one of none")
+    cut = sum(len(ids) > longest for ids in lists)
+    if cut:
+        say(f"{source}: {cut} of {len(lists)} texts are cut at {longest} tokens")
+    return [ids[:longest] for ids in lists]
+
 
 def encode_all(tokenizer, pairs, max_length):
     """[{"ids", "labels"}] of the pairs' first responses, in the prompt that is also scored with.
 
     The prompt has labels of -100, which bear no loss; the response and the end of sequence do. An
     example whose prompt alone fills max_length is left out; more than half is an error."""
-    examples = []
-    for instruction, (response, *_) in pairs:
-        form = MATHS if "The answer is:" in response else ALPACA
-        prompt = form.format(instruction)
-        # Both are tokenised with the same start of text. The space begins a new token.
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(f"{prompt} {response}")["input_ids"]
+    prompts = [(MATHS if "The answer is:" in response else ALPACA).format(instruction)
+               for instruction, (response, *_) in pairs]
+    # Both are tokenised with the same start of text. The space begins a new token.
+    wholes = [f"{prompt} {response}" for prompt, (_, (response, *_)) in zip(prompts, pairs)]
+    examples, cut = [], 0
+    for prompt_ids, ids in zip(encode(tokenizer, prompts), encode(tokenizer, wholes)):
         if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
         if len(prompt_ids) < max_length:
+            cut += len(ids) > max_length
             ids = ids[:max_length]
             labels = [-100] * len(prompt_ids) + ids[len(prompt_ids):]
             examples.append({"ids": ids, "labels": labels})
     need(2 * len(examples) >= len(pairs), f"most prompts fill {max_length} tokens: --max-length")
+    left_out = len(pairs) - len(examples)
+    if cut or left_out:
+        say(f"{cut} of {len(pairs)} responses are cut at {max_length} tokens, and {left_out} are "
+            "left out, for their prompts fill these")
     return examples
 
 
@@ -402,8 +558,9 @@ def drift(model, reference, texts, batch_size=4):
 
 def held_out(model, tokenizer, max_new_tokens, samples=16, seed=1000):
     """Text that the model writes and that calibration never sees, because its seed differs."""
-    return folora.sample_calibration(model, tokenizer, samples, min(128, max_new_tokens),
-                                     max_new_tokens, seed=seed)
+    with blame("held-out text"):
+        return folora.sample_calibration(model, tokenizer, samples, min(128, max_new_tokens),
+                                         max_new_tokens, seed=seed)
 
 
 # ---- Answers -------------------------------------------------------------------------------------
@@ -417,8 +574,7 @@ def greedy(model, tokenizer, prompts, max_new_tokens, stops=None, desc=None):
     ends = model.generation_config.eos_token_id
     written = []
     for i in tqdm(range(0, len(prompts), 32), desc, leave=False):
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts[i:i + 32]]
-        batch = collate(ids, model.device, side="left")
+        batch = collate(encode(tokenizer, prompts[i:i + 32]), model.device, side="left")
         width = batch.pop("labels").shape[1]
         with folora.plain_mode(model):
             rows = model.generate(
@@ -452,20 +608,40 @@ def final_number(text):
 def is_continuation(tokenizer, prompt, answers, tokens):
     """Whether the greedy tokens begin with those of an answer. It is so exactly if each token of
     the answer is the likeliest given all before it, which is lm-eval's rule for webqs."""
-    start = len(tokenizer(prompt)["input_ids"])
-    for answer in answers:
-        wanted = tokenizer(f"{prompt} {answer}")["input_ids"][start:]
+    [start, *wholes] = encode(tokenizer, [prompt, *(f"{prompt} {answer}" for answer in answers)])
+    for whole in wholes:
+        wanted = whole[len(start):]
         if tokens[:len(wanted)] == wanted:
             return True
     return False
 
 
+def prompts_of(task, pairs, tokenizer, config):
+    """(prompts, the greatest number of tokens in an answer) of a task. Refuses a prompt that leaves
+    too little of the model's positions for an answer: it would write behind their end."""
+    prompts, length = [TASKS[task].prompt.format(question) for question, _ in pairs], 64
+    if task == "gsm8k":                              # a solution: half of a small model's context
+        length = min(512, positions(config) // 2)
+    room = positions(config) - length
+    for number, ids in enumerate(encode(tokenizer, prompts), 1):
+        need(len(ids) <= room, f"{task}, row {number}: a prompt of {len(ids)} tokens and {length} "
+             f"for an answer exceed the model's {positions(config)} positions")
+    return prompts, length
+
+
+def check_prompts(tasks, tokenizer, config):
+    """Refuse prompts that are too long before any model has been loaded."""
+    for task, pairs in tasks.items():
+        if role_of(task) != "measure":
+            prompts_of(task, pairs, tokenizer, config)
+
+
 def count_right(model, tokenizer, pairs, task):
     """How many of a task's (question, accepted answers) are answered right."""
-    prompts = [TASKS[task].prompt.format(question) for question, _ in pairs]
-    longest, stops = 64, ["\n", ".", ","]
-    if task == "gsm8k":                              # a solution: half of a small model's context
-        longest, stops = min(512, positions(model) // 2), ["### Instruction", "Question:"]
+    prompts, longest = prompts_of(task, pairs, tokenizer, model.config)
+    stops = ["\n", ".", ","]
+    if task == "gsm8k":
+        stops = ["### Instruction", "Question:"]
     elif task == "webqs":
         stops = ["\n"]
     right = 0
@@ -484,18 +660,21 @@ def count_right(model, tokenizer, pairs, task):
 
 def evaluate(model, tokenizer, tasks, reference=None, texts=None):
     """{task: score}, in per cent, or in nat for nll and drift. `reference` is the untouched model
-    and `texts` its held-out text. Without them the model itself is the untouched one."""
-    scores, longest = {}, min(1024, positions(model))
+    and `texts` its held-out text. Without them the model itself is the untouched one.
+    FloatingPointError: a score is not finite. A table would have an empty cell."""
+    scores, longest = {}, min(1024, positions(model.config))
     for name, pairs in tasks.items():
         if name == "nll":
             scores[name] = mean_nll(model, encode_all(tokenizer, pairs, longest))
         elif name == "prose":
-            ids = [tokenizer(text)["input_ids"][:longest] for text in pairs]
+            ids = encode_texts(tokenizer, pairs, longest, "prose")
             scores[name] = mean_nll(model, [{"ids": text, "labels": text} for text in ids])
         elif name == "drift":
             scores[name] = 0.0 if reference is None else drift(model, reference, texts)
         else:
             scores[name] = 100 * count_right(model, tokenizer, pairs, name) / len(pairs)
+        if not math.isfinite(scores[name]):
+            raise FloatingPointError(f"{name}: the score is {scores[name]}")
     return scores
 
 
@@ -520,14 +699,17 @@ def summarise(scores, first=None):
     return {row: value for row, value in rows.items() if value == value}     # not NaN
 
 
+def shown_score(row, score):
+    return f"{score:.4f}" if role_of(row) == "measure" else f"{score:.2f}"
+
+
 def table(columns):
     """{column: scores} as aligned text. A single column has nothing to be compared with."""
     first = next(iter(columns.values())) if len(columns) > 1 else None
     full = {name: scores | summarise(scores, first) for name, scores in columns.items()}
 
     def formatted(row):
-        digits = "{:.4f}" if role_of(row.name) == "measure" else "{:.2f}"
-        return row.map(digits.format, "ignore")
+        return row.map(lambda score: shown_score(row.name, score), "ignore")
 
     shown = pandas.DataFrame(full).apply(formatted, axis=1)
     shown.index = [shown.index, [UNITS[role_of(row)] for row in shown.index]]        # two columns
@@ -543,31 +725,68 @@ def one_line_parser(description):
     return parser
 
 
+def between(kind, low, high=1e9):
+    """An argparse type: a number of this kind from `low` to `high`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:                 # also refuses nan
+            raise ArgumentTypeError(f"must be from {low} to {high:g}, not {text}")
+        return value
+    return number
+
+
+def check_drift(judged):
+    """Refuse to compare what models predict where their tokens are not the same."""
+    tokens = {name: (tokenizer.get_vocab(), config.get_text_config().vocab_size)
+              for name, (tokenizer, config) in judged.items()}
+    untouched, *others = tokens
+    for name in others:
+        need(tokens[name] == tokens[untouched],
+             f"{name} has other tokens than {untouched}: leave drift out of --tasks")
+
+
 @one_line
 def main(arguments=None):
     parser = one_line_parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="directory or hub id")
     parser.add_argument("--tasks", help="NAME or NAME=FILE.jsonl, by commas (default: see above)")
-    parser.add_argument("--limit", type=int, help="the first so many rows of each task")
+    parser.add_argument("--limit", type=between(int, 1), help="the first so many rows of each task")
     options = parser.parse_args(arguments)
+    names = options.models
+    need(len({*names}) == len(names), "a model is named twice")
 
     # The untouched model is the base of the first run or adapter, or else the first model.
-    runs = [find_model(name)[2] for name in options.models]
+    runs = [find_model(name)[2] for name in names]
     run = next((run for run in runs if run), {})
-    untouched = run.get("model", options.models[0])
+    untouched = run.get("model", names[0])
     device, dtype = pick_device(run.get("dtype", "auto"))
 
-    tasks = load_tasks(options.tasks or default_tasks(untouched), options.limit)
+    # All names, adapters and rows are judged before the first model is loaded.
+    chosen = default_tasks(untouched) if options.tasks is None else options.tasks
+    tasks = load_tasks(chosen, options.limit)
+    judged = {name: judge(name) for name in {untouched: None, **dict.fromkeys(names)}}
+    for tokenizer, config in judged.values():
+        check_prompts(tasks, tokenizer, config)
+    if "drift" in tasks:
+        check_drift(judged)
+
     reference = texts = None
     if "drift" in tasks:
         reference, tokenizer = load_model(untouched, device, dtype)
-        longest = min(256, run.get("calibration_max_tokens", 256))
+        longest = min(256, run.get("calibration_max_tokens", 256), positions(reference.config) - 1)
         texts = held_out(reference, tokenizer, longest)
     columns = {}
-    for name in options.models:
-        model, tokenizer = load_model(name, device, dtype)
-        columns[name] = evaluate(model, tokenizer, tasks, reference, texts)
-    print(table(columns))
+    try:
+        for name in names:
+            model, tokenizer = load_model(name, device, dtype)
+            scores = {}
+            for task, pairs in tasks.items():
+                scores |= evaluate(model, tokenizer, {task: pairs}, reference, texts)
+                say(f"{name}: {task} {shown_score(task, scores[task])}")
+            columns[name] = scores
+    finally:                                         # what has been scored stays
+        if columns:
+            print(table(columns))
 
 
 if __name__ == "__main__":

@@ -1352,14 +1352,34 @@ def test_schedule_and_order_of_the_data():
 GOOD = b'{"question": "q", "answer": "a"}\n'
 FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[1, 2]\n",
          "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
+         "pairs": b'[["question", "q"], ["answer", "a"]]\n', "long": GOOD + GOOD.replace(
+             b"q", b"why " * 600), "half_pair": GOOD + b'{"question": "\\ud800", "answer": "a"}\n',
+         "input": GOOD.replace(b"}", b', "input": [5]}'), "two": GOOD.replace(b'"q"', b'["q", "r"]'),
          "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
 BAD = [            # (message, arguments, others, ...): eval.py's if they begin with a model
-    ("{flag}: must be from 0 to 1e+09, not {value}", "--lr -1", "--lr inf", "--basis-rank -1"),
-    ("{flag}: must be from 1e-09 to 1e+09", "--lam 0", "--lam nan"),
-    ("{flag}: must be from 1 to 1e+09", "--rank 0", "--max-steps 0", "--log-every 0"),
+    ("{flag}: must be from 0 to 1e+09, not {value}", "--kl -1", "--kl inf", "--basis-rank -1"),
+    ("{flag}: must be from 1e-09 to 1e+09", "--lam 0", "--lam nan", "--lr 0", "--lr inf"),
+    ("{flag}: must be from 1 to 1e+09", "--rank 0", "--max-steps 0", "--log-every 0",
+     "tiny --limit -1", "tiny --limit 0"),
     ("{flag}: must be from 0 to 1, not 2", "--s-min 2"), ("{value}: expected one", "--lr"),
     ("{flag}: invalid number value: 'much'", "--lr much"), ("required: MODEL", ""),
-    ("{flag}: invalid int value: 'few'", "tiny --limit few"), ("nothing to score", "--tasks="),
+    ("{flag}: invalid int value: 'few'", "tiny --limit few"),
+    ("nothing to score", "--tasks=", "--tasks ,", "tiny --tasks ,", "tiny --tasks="),
+    ("--out: must not be empty", "--out="), ("--calibration: must not be empty", "--calibration="),
+    ("--batch-size {value} exceeds the 64 examples", "--batch-size 65", "--batch-size 1000000000"),
+    ("{value} steps of --batch-size 8 exceed 1e7 examples", "--max-steps 1250001"),
+    ("--max-length 513 exceeds the model's 512 positions", "--max-length 513"),
+    ("tokens 512 must be below the model's 512 positions", "--calibration-max-tokens 512"),
+    ("{flag} does nothing with --method lora: leave it out", *(
+        f"--method lora --{name} 1" for name in "lam s-min zero-start scale-lr-B task-samples "
+        "basis-rank".split()), "--method lora --preset paper"),
+    ("{flag} does nothing with --method lora and --kl 0", "--method lora --calibration self",
+     "--method lora --calibration-samples 9"),
+    ("--compare lora needs --method folora", "--method lora --compare lora"),
+    ("--epochs does nothing with --max-steps", "--epochs 2"),
+    ("a model is named twice", "tiny tiny"), ("facts is named twice", "--tasks facts,facts"),
+    ("facts= names no file", "tiny --tasks facts="),
+    ("drift takes no file", "tiny --tasks drift=good.jsonl"),
     ("invalid choice: '{value}'", "--method milora"),
     ("unrecognized arguments: {flag} {value}", "--steps 5", "tiny --banana 5"),
     ("rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width", "--rank 193"),
@@ -1370,13 +1390,24 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
      "nowhere", "good.jsonl"), ("unknown task {value}", "--tasks trivia", "--tasks GM"),
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
      "--calibration gone.jsonl"), ("list.jsonl, line 2: not JSON", "--data list.jsonl"),
+    ("a row is one line, not [['question', 'q'], ", "--data pairs.jsonl"),
+    ("{value}, line 2: not JSON with fields, {{...}}, in UTF-8", "--data half_pair.jsonl"),
+    ("{value}, line 1: no field called input with a text", "--data input.jsonl"),
+    ("{value}, line 1: 2 texts in question or", "--data two.jsonl"),
+    ("{value}: no .jsonl file, and no hub id", "--data x.csv", "--data a.jsonl.gz",
+     "--data good.csv", "--data folder", "--calibration /a/b"),
+    ("facts, row 2: a prompt of", "tiny --tasks facts=long.jsonl", "--tasks facts=long.jsonl"),
     ("cut.jsonl, line 2: not JSON", "tiny --tasks nll=cut.jsonl"),
     ("{value}, line 1: not JSON with fields, {{...}}, in UTF-8", "--data latin.jsonl"),
     ("good.jsonl, line 1: its answer has no number after ####", "--tasks gsm8k=good.jsonl"),
     ("half.jsonl, line 2: no field called answers or answer", "--data half.jsonl"),
     ("{value}, line 1: no field called question", "--data null.jsonl"),
     ("{value}, line 1: no field called text or question", "--calibration five.jsonl"),
-    ("none.jsonl: no rows", "--data none.jsonl"), ("File exists: '{value}'", "--out good.jsonl")]
+    ("none.jsonl: no rows", "--data none.jsonl"), ("cannot make {value}: good.jsonl is no directory that",
+     "--out good.jsonl", "--out good.jsonl/run"),
+    ("folder has no config.json of a run, and other files (summary.json)", "--out folder"),
+    ("ours/config.json is not that of a run", "--out ours"),
+    ("new has no config.json of a run, and other files (lora)", "--compare lora --out new")]
 
 
 @pytest.mark.parametrize("message, arguments", [
@@ -1385,6 +1416,9 @@ def test_bad_input_gets_one_line_before_any_work(message, arguments, tmp_path, c
     monkeypatch.chdir(tmp_path)
     for file, content in FILES.items():
         Path(f"{file}.jsonl").write_bytes(content)
+    for file in ("good.csv", "folder/summary.json", "new/lora/mine", "ours/config.json"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("{}")
     state = lambda: {str(path): path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     before, *_, flag, value = state(), "", "", *arguments.split()
     main, given = (train_math.main, FAST) if arguments.startswith("--") else (ev.main, [])

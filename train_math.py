@@ -20,6 +20,8 @@ table. Another run needs another --out. metrics.jsonl has a line for each step:
                    model wrote; null between two measurements
 """
 import argparse
+import functools
+import hashlib
 import inspect
 import json
 import math
@@ -47,9 +49,14 @@ def main(arguments=None):
     """The run, and with --compare lora plain LoRA at its own learning rate, without --kl. The first
     process prints the table."""
     options = parse_options(arguments)
+    check_combination(options, names_given(arguments))
     resolve(options)
+    compared = options.compare == "lora" and options.method == "folora"
+    if compared:                                     # no refusal after the first run
+        judge_directory(options)
+        judge_directory(lora_options(options))
     scores = experiment(options)
-    if options.compare == "lora" and options.method == "folora":
+    if compared:
         scores |= experiment(lora_options(options), scores.get("untouched"))
     if PROCESS == 0:
         print(ev.table(scores))
@@ -61,6 +68,7 @@ def experiment(options, before=None):
     `before` are the untouched model's scores, if they are known. Each stage's result is kept in the
     run's directory by `once`, so that an interrupted run does not repeat it."""
     out = Path(options.out)
+    judge_directory(options)
     if (out / "summary.json").exists():              # a finished run
         return finish(out, options)
 
@@ -110,7 +118,7 @@ def experiment(options, before=None):
     after = ev.evaluate(model, tokenizer, tasks, reference, held_out)
     scores = {"untouched": before | ev.summarise(before, before),
               options.method: after | ev.summarise(after, before)}
-    save({"scores": scores}, out / "summary.json")
+    save({"run": identity(out), "scores": scores}, out / "summary.json")
     return finish(out, options)
 
 
@@ -122,11 +130,12 @@ def load(options):
     _, adapter, _ = ev.find_model(options.model)
     ev.need(not adapter, "--model is an adapter: train it with --merge 1")
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
-    ev.need(tasks, "nothing to score: give --tasks")
     if options.calibration != "self":
         given_texts(options)
     rows = ev.read_rows(options.data, limit=options.max_samples)
     pairs = ev.to_pairs(rows, options.data)
+    check_size(options, len(pairs))
+    check_lengths(options, tasks)
     model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
     with ev.blame("--target-modules or --rank"):
         folora.find_targets(model, targets(options), options.rank)
@@ -150,7 +159,7 @@ def sample(options, model, tokenizer):
     """The token lists behind C_pre: the model's own text, or those of --calibration."""
     longest, count = options.calibration_max_tokens, options.calibration_samples
     if options.calibration != "self":
-        return [tokenizer(text)["input_ids"][:longest] for text in given_texts(options)]
+        return ev.encode_texts(tokenizer, given_texts(options), longest, options.calibration)
     with tqdm(total=count, desc="calibration text") as bar, ev.blame(options.model):
         return as_lists(folora.sample_calibration(
             model, tokenizer, count, min(128, longest), longest, seed=options.seed,
@@ -359,18 +368,17 @@ TINY_LEARNING_RATES = {"tuned": 2.4e-2, "paper": 6e-3, "lora": 4e-3}
 RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 
 
-def between(kind, low, high=1e9):
-    """An argparse type: a number of this kind from `low` to `high`."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:                 # also refuses nan
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high:g}, not {text}")
-        return value
-    return number
-
-
+between = ev.between
 COUNT, NATURAL = between(int, 1), between(int, 0)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
+FEW = between(int, 1, 100_000)                       # more texts than that are never sampled
+
+
+def name(text):
+    """An argparse type: "" would be the working directory, or a default."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def switch(text):
@@ -382,14 +390,14 @@ def directions(text):
 
 
 OPTIONS = [       # flag, type or choices, default (None: see the end of --help), text, whose it is
-    ("--model", str, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
+    ("--model", name, "tiny", "directory, hub id or short name such as Qwen2.5-1.5B [ours]"),
     ("--method", ("folora", "lora"), "folora", "lora is plain LoRA [the paper's]"),
     ("--preset", tuple(PRESETS), "tuned", "FoLoRA's setting: tuned is ours, paper the paper's"),
     ("--compare", ("lora", "no"), "no", "lora: train LoRA after FoLoRA; so with tiny [ours]"),
-    ("--target-modules", str, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
-    ("--data", str, "openai/gsm8k:main", "hub id or .jsonl of questions and answers [ours]"),
+    ("--target-modules", name, ",".join(folora.TARGET_MODULES), "or all-linear [the paper's]"),
+    ("--data", name, "openai/gsm8k:main", "hub id or .jsonl of questions and answers [ours]"),
     ("--rank", COUNT, 128, "adapter rank [the paper's]"),
-    ("--lr", RATE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
+    ("--lr", POSITIVE, None, "learning rate [ours; the paper has 2e-5, over 781 steps]"),
     ("--lam", POSITIVE, None, "lambda, the gamma of gate 1/2: more forgets less [the paper's]"),
     ("--s-min", between(float, 0, 1), None, "floor of the gate [ours]"),
     ("--basis-rank", directions, None, "directions in which A may move, 0: all [ours]"),
@@ -404,8 +412,8 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--micro-batch-size", COUNT, 16, "examples a forward pass: less memory [the paper's]"),
     ("--gradient-checkpointing", switch, True, "1: less memory, more time [ours]"),
     ("--max-length", COUNT, 512, "tokens an example [the paper's]"),
-    ("--calibration", str, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
-    ("--calibration-samples", COUNT, None, "texts; enough: 4 tokens per column of C_pre [ours]"),
+    ("--calibration", name, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
+    ("--calibration-samples", FEW, None, "texts; enough: 4 tokens per column of C_pre [ours]"),
     ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
     ("--task-samples", COUNT, 256, "prompts and responses behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
@@ -414,7 +422,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--merge", switch, False, "1: write the merged model too [ours]"),
     ("--seed", between(int, 0, 999), 0, "of calibration text, adapters, order of the data [ours]"),
     ("--dtype", ("auto", "float32", "bfloat16"), "auto", "auto: bfloat16 on a GPU [ours]"),
-    ("--out", str, None, "the run's directory; none: runs/<model>-<method> [ours]"),
+    ("--out", name, None, "the run's directory; none: runs/<model>-<method> [ours]"),
 ]
 
 
@@ -446,6 +454,8 @@ def parse_options(arguments=None):
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         shown = "see below" if default is None else "%(default)s"
+        if flag in ("--max-steps", "--tasks", "--out"):
+            shown = "none"
         if isinstance(default, bool):
             shown = int(default)
         parser.add_argument(flag, default=default, help=f"{text} ({shown})", **how)
@@ -460,7 +470,7 @@ def parse_options(arguments=None):
     if is_tiny:
         parser.set_defaults(**TINY)
     parser.set_defaults(lr=lr, tasks=ev.default_tasks(chosen.model),
-                        out=f"runs/{Path(chosen.model).name}-{chosen.method}")
+                        out=f"runs/{Path(chosen.model).resolve().name}-{chosen.method}")
     return parser.parse_args(arguments)
 
 
@@ -469,6 +479,58 @@ def lora_options(options):
     rates = TINY_LEARNING_RATES if ev.is_tiny(options.model) else LEARNING_RATES
     changed = dict(method="lora", lr=rates["lora"], kl=0.0, penalty=0.0, out=f"{options.out}/lora")
     return argparse.Namespace(**vars(options) | changed)
+
+
+def names_given(arguments=None):
+    """The options that stand on the command line."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    for flag, *_ in OPTIONS:
+        parser.add_argument(flag)
+    return vars(parser.parse_args(arguments)).keys()
+
+
+# Where the first option stands, the others would do nothing.
+IDLE = {
+    "--method lora": ("preset", "lam", "s_min", "basis_rank", "zero_start", "scale_lr_B",
+                      "task_samples"),
+    "--method lora and --kl 0": ("calibration", "calibration_samples"),
+    "--max-steps": ("epochs",),
+}
+
+
+def check_combination(options, given):
+    """Refuse what stands on the command line (`given`) and would do nothing: its user believes that
+    it does something."""
+    lora = options.method == "lora"
+    here = {"--method lora": lora, "--method lora and --kl 0": lora and not options.kl,
+            "--max-steps": options.max_steps}
+    idle = {name: reason for reason, names in IDLE.items() for name in names if here[reason]}
+    for name in given & idle.keys():
+        flag = name.replace("_", "-")
+        ev.need(False, f"--{flag} does nothing with {idle[name]}: leave it out")
+    ev.need(not (lora and "compare" in given and options.compare == "lora"),
+            "--compare lora needs --method folora")
+
+
+def check_size(options, count):
+    """Refuse a batch that has an example twice, and an order of the data that fills the memory."""
+    ev.need(options.batch_size <= count, f"--batch-size {options.batch_size} exceeds the {count} "
+            f"examples of {options.data}: give a lower one")
+    steps = options.max_steps or options.epochs * count // options.batch_size
+    ev.need(steps * options.batch_size <= 1e7, f"{steps} steps of --batch-size "
+            f"{options.batch_size} exceed 1e7 examples: give a lower --max-steps or --epochs")
+
+
+def check_lengths(options, tasks):
+    """Refuse texts that are longer than what the model was made for, before it is loaded."""
+    tokenizer, config = ev.judge(options.model)
+    ev.check_prompts(tasks, tokenizer, config)
+    positions = ev.positions(config)
+    ev.need(options.max_length <= positions,
+            f"--max-length {options.max_length} exceeds the model's {positions} positions")
+    ev.need(options.calibration_max_tokens < positions,          # a token that begins a text, too
+            f"--calibration-max-tokens {options.calibration_max_tokens} must be below the model's "
+            f"{positions} positions")
 
 
 def resolve(options):
@@ -487,39 +549,121 @@ def resolve(options):
 LEFT_OVER = ("held_out.json", "untouched.json", "calibration.json", "prepared.pt", "checkpoint.pt")
 
 
-def claim(out, options):
-    """Make the run's directory and its config.json, or say in one line why not."""
+def judge_directory(options):
+    """Say in one line why this run may not be kept in --out, before any work. It may where nothing
+    is yet, or where an earlier part of this run is. All else is the user's, or another run's: it
+    would be overwritten, or taken for a part of this one."""
+    out = Path(options.out)
+    config = out / "config.json"
     if PROCESS > 0:
         return
+    if not config.exists():
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+        ev.need(above.is_dir() and os.access(above, os.W_OK),
+                f"cannot make {out}: {above} is no directory that can be written to")
+        # An interruption may have left half of a config.json under its temporary name.
+        there = {path.name for path in out.glob("*")} - {"config.json.part"}
+        ev.need(not there, f"{out} has no config.json of a run, and other files ({', '.join(there)}"
+                "): give an empty or another --out")
+        return
+    theirs, ours = read(config), vars(options)
+    ev.need(isinstance(theirs, dict) and isinstance(theirs.get("options"), dict)
+            and isinstance(theirs.get("files"), dict),
+            f"{config} is not that of a run of train_math.py: give another --out")
+    names = sorted(ours.keys() - RESUME_MAY_CHANGE)
+    differ = [name for name in names if theirs["options"].get(name) != ours[name]]
+    ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give what "
+            f"{config} says, or another --out")
+    changed = [name for name, was in digests(options).items() if theirs["files"].get(name) != was]
+    ev.need(not changed, f"{', '.join(changed)} has changed since {out} was begun: put back what "
+            "was there, or give another --out")
+
+
+def digests(options):
+    """{file that the run reads: its SHA-256}. Scores of an old file must not stand beside those of
+    a new one. What has been deleted since has none: a finished run does not need it."""
+    sources = {options.data, options.calibration, *ev.sources_of(options.tasks).values()}
+    weights = Path(ev.find_model(options.model)[0])
+    files = [Path(source) for source in sources] + sorted(weights.glob("*"))
+    kinds = (".json", ".jsonl", ".safetensors", ".bin", ".model", ".txt")
+    return {str(file): sha256(file, file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files if file.is_file() and file.suffix.lower() in kinds}
+
+
+@functools.cache                                     # two runs read one model
+def sha256(path, size, time):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(folder):
+    """What a run's files are signed with, a digest of its config.json, or None: no run is here."""
+    config = folder / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
+
+
+def claim(out, options):
+    """Make the run's directory and its config.json."""
+    if PROCESS > 0:
+        return
+    judge_directory(options)
     out.mkdir(parents=True, exist_ok=True)
-    config, ours = out / "config.json", vars(options)
-    if config.exists():
-        theirs = read(config).get("options", {})
-        names = sorted(ours.keys() - RESUME_MAY_CHANGE)
-        differ = [name for name in names if theirs.get(name) != ours[name]]
-        ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give what "
-                f"{config} says, or another --out")
-    once(config, lambda: {"torch": torch.__version__, "options": ours})
+    if not (out / "config.json").exists():
+        save({"torch": torch.__version__, "options": vars(options), "files": digests(options)},
+             out / "config.json")
 
 
 def finish(out, options):
-    """Remove what a finished run needs no longer, and return its scores."""
-    claim(out, options)
+    """Remove what a finished run needs no longer, and return its scores. What this run has not
+    made is not removed."""
     if PROCESS > 0:
         return {}
+    path = out / "summary.json"
+    summary = read(path)
+    ev.need(isinstance(summary, dict) and summary.get("run") == identity(out),
+            f"{path} is not this run's: delete it")
     for name in LEFT_OVER:
-        (out / name).unlink(missing_ok=True)
-    return read(out / "summary.json")["scores"]
+        if (out / name).exists() and is_ours(out / name):
+            (out / name).unlink()
+    return summary["scores"]
 
 
 def once(path, make):
     """make()'s value, by way of a file, so that an interrupted run does not make it twice. The
     first process makes it, and the others wait for the file."""
     if PROCESS == 0 and not path.exists():
-        save(make(), path)
+        keep(make(), path)
     while not path.exists():
         time.sleep(1)
-    return read(path)
+    return kept(path)
+
+
+def keep(value, path):
+    """Save a value that belongs to the run in this folder, signed, if a run is there."""
+    run = identity(path.parent)
+    if run:
+        value = {"run": run, "value": value}
+    save(json.dumps(value) if path.suffix == ".json" else value, path)
+
+
+def kept(path):
+    """What `keep` has saved. Another run's texts, bases or weights would be used in silence."""
+    value, run = read(path), identity(path.parent)
+    if run is None:
+        return value
+    ev.need(signed(value, run), f"{path} is not this run's: delete it, to make it again")
+    return value["value"]
+
+
+def signed(value, run):
+    return isinstance(value, dict) and value.get("run") == run
+
+
+def is_ours(path):
+    try:
+        return signed(read(path), identity(path.parent))
+    except ev.UserError:                             # it cannot even be read
+        return False
 
 
 def save(value, path):
@@ -540,7 +684,7 @@ def read(path):
     with ev.blame(f"{path} is damaged: delete it (config.json: all of --out), to make it again"):
         if path.suffix == ".json":
             return json.loads(path.read_text())
-        return torch.load(path, "cpu")
+        return torch.load(path, "cpu", mmap=True)
 
 
 def checkpoint(out, model, optimizer, lines):
@@ -549,7 +693,7 @@ def checkpoint(out, model, optimizer, lines):
     save("".join(f"{json.dumps(line)}\n" for line in lines), out / "metrics.jsonl")
     adapters = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     moments = optimizer.state_dict()["state"]        # without the bases: prepared.pt has them
-    save({"step": len(lines), "lines": lines, "adapters": adapters, "moments": moments},
+    keep({"step": len(lines), "lines": lines, "adapters": adapters, "moments": moments},
          out / "checkpoint.pt")
 
 
@@ -557,7 +701,7 @@ def resume(out, model, optimizer):
     """(steps done, metrics so far). Puts a checkpoint's adapters and moments in place."""
     if not (out / "checkpoint.pt").exists():
         return 0, []
-    state = read(out / "checkpoint.pt")
+    state = kept(out / "checkpoint.pt")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
     model.load_state_dict(state["adapters"], strict=False)
     return state["step"], state["lines"]

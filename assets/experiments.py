@@ -87,7 +87,7 @@ def cached(kind, make, options, *more):
 def with_answer(tokenizer, form, question, answers):
     """{"ids", "labels"} of a question and its first answer, which alone bears the loss."""
     question = form.format(question)
-    prompt, ids = (tokenizer(text)["input_ids"] for text in (question, f"{question} {answers[0]}"))
+    prompt, ids = ev.encode(tokenizer, [question, f"{question} {answers[0]}"])
     return {"ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt):]}
 
 
