@@ -35,7 +35,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pandas
 import torch
 import torch.nn.functional as F
@@ -341,6 +340,7 @@ def read_rows(source, split="train", limit=None):
         need(is_id and not is_file, f"{source}: no .jsonl file, and no hub id (owner/name)")
         name, _, config = source.partition(":")
         with blame(f"{source}: no such file or hub data set can be read"):
+            import datasets  # needed for the hub alone
             return list(datasets.load_dataset(name, config or None, split=split))[:limit]
     with blame(f"{source}: no such file can be read"):
         # Lines of bytes: those of a str would also end at U+2028, which a text may hold.

@@ -829,7 +829,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
     if cache and Path(cache).exists():
         names = find_targets(model, target_modules)
-        bases = load_prepared(cache, model, names, rank, tau, basis_rank)    # Part II
+        found = load_prepared(cache)                                         # Part II
+        bases = unpack_prepared(found, cache, model, names, rank, tau, basis_rank)
     else:
         bases = []
         for part in parts(model, target_modules, passes):                    # Part II
@@ -839,7 +840,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
             del C_pre, C_task                           # before the next part's are summed
         if cache:
             tokens = [count_tokens(some) for some in (pretrain_batches, task_batches)]
-            save_prepared(cache, model, bases, tau, basis_rank, tokens)      # Part II
+            save_prepared(cache, pack_prepared(model, bases, tau, basis_rank, tokens))
     bases = same_in_all_processes(bases)                                     # Part II
     if dense:
         return attach_dense(model, bases, lr, lam, s_min, penalty)           # Appendix D
@@ -1230,34 +1231,29 @@ def count_tokens(batches):
     return sum(int((mask != 0).sum()) for mask in masks)
 
 
-def save_prepared(path, model, bases, tau, basis_rank, tokens):
-    """Write what `decompose` has found, and what it was made for. Under another name first, so that
-    an interruption leaves no half of a file. Of several processes the first one writes."""
-    if in_first_process():
-        lengths = {name: row_length(model.get_submodule(name))
-                   for basis in bases for name in basis["modules"]}
-        made_for = {"tau": tau, "basis_rank": basis_rank, "rank": len(bases[0]["A0"]),
-                    "row_lengths": lengths, "tokens of text and task": tokens}
-        part = Path(f"{path}.part")
-        torch.save({"folora": made_for, "bases": bases}, part)
-        part.replace(path)
+def pack_prepared(model, bases, tau, basis_rank, tokens=None):
+    """What goes into a file: the bases, and what they were made for. The lengths of the weights'
+    rows tell one model from another of the same shape."""
+    lengths = {name: row_length(model.get_submodule(name))
+               for basis in bases for name in basis["modules"]}
+    made_for = {"tau": tau, "basis_rank": basis_rank, "rank": len(bases[0]["A0"]),
+                "row_lengths": lengths, "tokens of text and task": tokens}
+    return {"folora": made_for, "bases": bases}
 
 
-def load_prepared(path, model, names, rank, tau, basis_rank):
-    """The bases of save_prepared for the layers `names`, cut to a smaller rank or basis_rank.
-
-    Anything else that differs would train other directions than those that were asked for, without
-    a sign. The lengths of the weights' rows tell one model from another of the same shape."""
+def unpack_prepared(found, path, model, names, rank, tau, basis_rank):
+    """The bases of pack_prepared for the layers `names`, cut to a smaller rank or basis_rank.
+    Anything else that differs would train other directions than those that were asked for."""
     try:
-        found = torch.load(path, "cpu", weights_only=True)
         made_for, bases = found["folora"], found["bases"]
-    except Exception as error:
-        raise ValueError(f"{path} is no file of folora.prepare's ({type(error).__name__}): delete "
-                         "it, or name another") from error
-    saved_rank, saved_k, lengths = (made_for[key] for key in ("rank", "basis_rank", "row_lengths"))
+        saved_rank, saved_k, saved_tau, lengths = (
+            made_for[key] for key in ("rank", "basis_rank", "tau", "row_lengths"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold what folora.prepare has found: delete it, or name "
+                         "another") from error
     differ = []
-    if made_for["tau"] != tau:
-        differ.append(f"tau is {made_for['tau']}")
+    if saved_tau != tau:
+        differ.append(f"tau is {saved_tau}")
     if rank > saved_rank:
         differ.append(f"the rank is {saved_rank}")
     if saved_k is not None and (basis_rank is None or basis_rank > saved_k):
@@ -1271,6 +1267,23 @@ def load_prepared(path, model, names, rank, tau, basis_rank):
         raise ValueError(f"{path} was made for something else: {', '.join(differ)} there. Delete "
                          "it, or name another file")
     return [cut(basis, rank, basis_rank) for basis in bases]
+
+
+def save_prepared(path, packed):
+    """Under another name first, so that an interruption leaves no half of a file. Of several
+    processes the first one writes."""
+    if in_first_process():
+        part = Path(f"{path}.part")
+        torch.save(packed, part)
+        part.replace(path)
+
+
+def load_prepared(path):
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except Exception as error:                          # torch raises half a dozen kinds
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): delete it, or name "
+                         "another") from error
 
 
 def cut(basis, rank, k):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import accelerate
+import datasets
 import numpy
 import peft
 import pytest
@@ -584,17 +585,21 @@ def test_layers_that_are_prepared_in_parts_have_the_same_bases(trajectory, monke
     (dict(tau=0.02), "tau is 0.01 there"), (dict(rank=4), "the rank is 3 there"),
     (dict(basis_rank=6), "basis_rank is 5"), (dict(basis_rank=None), "basis_rank is 5"),
     (dict(target_modules=["q_proj"]), "there are 2 layers, such as o_proj"),
-    (dict(other=True), "the weights are another model's"), (dict(broken=b"{}"), "is no file of"),
-    (dict(broken=b""), "is no file of")])
+    (dict(other=True), "the weights are another model's"), (dict(broken=b"{}"), "cannot be read"),
+    (dict(broken=b""), "cannot be read"), (dict(broken={}), "does not hold what folora.prepare")])
 def test_what_was_prepared_for_something_else_is_refused(how, message, tmp_path):
     torch.manual_seed(0)
+    how = dict(how)
     block, cache, inputs = Block(), tmp_path / "prepared.pt", [{"x": torch.randn(2, 40, 8)}]
     common = dict(rank=3, basis_rank=5, target_modules=["q_proj", "o_proj"], lr=0.1, cache=cache)
     folora.prepare(copy.deepcopy(block), inputs, inputs, **common)
     if how.pop("other", None):
         block.o_proj.weight.data *= 1.1
-    if "broken" in how:
-        cache.write_bytes(how.pop("broken"))
+    broken = how.pop("broken", None)
+    if isinstance(broken, dict):
+        torch.save(broken, cache)
+    elif broken is not None:
+        cache.write_bytes(broken)
     with pytest.raises(ValueError, match=message):
         folora.prepare(block, (), (), **common | how)
     assert not any(isinstance(m, folora.LoRALinear) for m in block.modules())
@@ -869,7 +874,7 @@ def test_sfttrainer_resumes_to_the_same_weights_and_takes_no_other_optimiser(tin
     """Six steps with a checkpoint after three."""
     trl = pytest.importorskip("trl")
     rows = [{"prompt": f"{n} + 8 =", "completion": f" {n + 8}"} for n in range(24)]
-    rows = ev.datasets.Dataset.from_list(rows)
+    rows = datasets.Dataset.from_list(rows)
 
     def train(out, resume=None, ours=True):
         theirs = wrapped(tiny[0])
@@ -968,7 +973,7 @@ def test_rows_are_read_whole_and_pairs_found_under_every_name(tmp_path):
 
 def test_a_hub_data_set_is_asked_for_by_name_configuration_and_split(monkeypatch):
     rows = [{"question": "q", "answer": "The answer is: 1"}]
-    monkeypatch.setattr(ev.datasets, "load_dataset", load := Mock(return_value=rows))
+    monkeypatch.setattr(datasets, "load_dataset", load := Mock(return_value=rows))
     ev.load_tasks("webqs,drift", 1)
     ev.read_rows(train_math.parse_options(["--model", "Qwen2.5-1.5B"]).data)
     asked = [(*call.args, call.kwargs["split"]) for call in load.call_args_list]
@@ -1194,7 +1199,11 @@ def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
     config, scores = read_json(out / "config.json"), read_json(out / "summary.json")["scores"]
     assert config["options"]["rank"] == 8 and config["torch"] == torch.__version__
     left = sorted(p.name for p in out.iterdir())
-    assert left == ["adapter", "config.json", "metrics.jsonl", "summary.json"]
+    kept = {"adapter", "config.json", "held_out.json", "metrics.jsonl", "summary.json",
+            "untouched.json"}
+    if method == "folora":
+        kept |= {"calibration.json", "prepared.pt"}
+    assert {*left} == kept
     assert scores[method]["nll"] < scores["untouched"]["nll"] and scores[method]["drift"] > 0
     ev.main([str(out), "tiny", "--tasks", TASKS, "--limit", "4"])
     row = {line.split()[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
@@ -1300,6 +1309,33 @@ def test_a_directory_belongs_to_one_run(trained, tmp_path, capsys):
     assert "is an adapter: train it" in stop("--model", arguments[-1], "--out", tmp_path)
 
 
+def test_a_second_run_takes_what_a_first_has_prepared(trained, tmp_path, monkeypatch, capsys):
+    """It neither samples nor decomposes nor scores the untouched model, and with the same options
+    it has the same numbers. calibration.json serves --kl."""
+    first, evaluate = trained("folora")[0], Mock(wraps=ev.evaluate)
+    for module, name in ((train_math, "sample"), (train_math, "solve"), (ev, "held_out")):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(ev, "evaluate", evaluate)
+    arguments = command("folora", "--prepared", str(first), "--out")
+    train_math.main([*arguments, str(tmp_path / "second")])
+    (ours, _), (theirs, _) = map(kill.result, (tmp_path / "second", first))
+    assert ours == theirs and evaluate.call_count == 1
+    train_math.main([*arguments, str(tmp_path / "third"), "--rank", "4", "--basis-rank", "8",
+                     "--lr", "1e-2", "--penalty", "1", "--tasks", "nll=tiny/test.jsonl"])
+    assert evaluate.call_count == 3                  # other tasks: the untouched model's, too
+    A = load_file(tmp_path / "third" / "adapter" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in A.items() if "lora_A" in name} == {4}
+    stop = lambda *more: stopped(train_math.main, [*arguments, str(tmp_path / "x"), *more], capsys)
+    assert "was made for something else: the rank is 8 there" in stop("--rank", "9")
+    (tmp_path / "prepared.pt").write_bytes((first / "prepared.pt").read_bytes()[:-99])
+    assert "is damaged" in stop("--prepared", str(tmp_path / "prepared.pt"))
+    assert not (tmp_path / "x").exists()
+    monkeypatch.undo()
+    texts = str(first / "calibration.json")
+    options = train_math.parse_options(command("folora", "--calibration", texts))
+    assert train_math.sample(options, None, None) == read_json(first / "calibration.json")["value"]
+
+
 def test_the_gradient_is_clipped_and_checkpointing_runs_the_layers_again(tiny):
     model, calls, examples = copy.deepcopy(tiny[0]), [], word_problems(tiny[1], 1)
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -1354,7 +1390,8 @@ FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[
          "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
          "pairs": b'[["question", "q"], ["answer", "a"]]\n', "long": GOOD + GOOD.replace(
              b"q", b"why " * 600), "half_pair": GOOD + b'{"question": "\\ud800", "answer": "a"}\n',
-         "input": GOOD.replace(b"}", b', "input": [5]}'), "two": GOOD.replace(b'"q"', b'["q", "r"]'),
+         "input": GOOD.replace(b"}", b', "input": [5]}'),
+         "two": GOOD.replace(b'"q"', b'["q", "r"]'),
          "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
 BAD = [            # (message, arguments, others, ...): eval.py's if they begin with a model
     ("{flag}: must be from 0 to 1e+09, not {value}", "--kl -1", "--kl inf", "--basis-rank -1"),
@@ -1373,7 +1410,7 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("{flag} does nothing with --method lora: leave it out", *(
         f"--method lora --{name} 1" for name in "lam s-min zero-start scale-lr-B task-samples "
         "basis-rank".split()), "--method lora --preset paper"),
-    ("{flag} does nothing with --method lora and --kl 0", "--method lora --calibration self",
+    ("{flag} does nothing with --method lora and neither", "--method lora --calibration self",
      "--method lora --calibration-samples 9"),
     ("--compare lora needs --method folora", "--method lora --compare lora"),
     ("--epochs does nothing with --max-steps", "--epochs 2"),
@@ -1403,8 +1440,9 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("half.jsonl, line 2: no field called answers or answer", "--data half.jsonl"),
     ("{value}, line 1: no field called question", "--data null.jsonl"),
     ("{value}, line 1: no field called text or question", "--calibration five.jsonl"),
-    ("none.jsonl: no rows", "--data none.jsonl"), ("cannot make {value}: good.jsonl is no directory that",
-     "--out good.jsonl", "--out good.jsonl/run"),
+    ("none.jsonl: no rows", "--data none.jsonl"),
+    ("cannot make {value}: good.jsonl is no directory that", "--out good.jsonl",
+     "--out good.jsonl/run"),
     ("folder has no config.json of a run, and other files (summary.json)", "--out folder"),
     ("ours/config.json is not that of a run", "--out ours"),
     ("new has no config.json of a run, and other files (lora)", "--compare lora --out new")]

@@ -8,7 +8,14 @@
 The run is kept in --out: config.json (all options), metrics.jsonl, summary.json (scores),
 adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
 goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
-table. Another run needs another --out. metrics.jsonl has a line for each step:
+table. Another run needs another --out. It samples and decomposes anew, unless it takes what a run
+has prepared for the same model (a larger --rank or --basis-rank cannot be served):
+
+    python train_math.py --model Qwen2.5-1.5B --lr 1e-3 --prepared runs/Qwen2.5-1.5B-folora --out b
+
+For this, prepared.pt (4 (k + r) bytes for each input dimension: 0.3 GB for Qwen2.5-1.5B) and the
+small calibration.json, held_out.json and untouched.json stay in --out; delete them as you like.
+metrics.jsonl has a line for each step:
 
     step           optimiser steps done
     loss           mean NLL of the batch's response tokens before the step, in nat
@@ -78,19 +85,21 @@ def experiment(options, before=None):
 
     # What the untouched model writes and scores: what forgetting is measured by.
     longest = min(256, options.calibration_max_tokens)
-    held_out = once(out / "held_out.json", lambda: as_lists(ev.held_out(model, tokenizer, longest)))
-    before = once(out / "untouched.json", lambda: before or ev.evaluate(model, tokenizer, tasks))
+    held_out = once(out / "held_out.json", lambda: borrowed(options, "held_out.json")
+                    or as_lists(ev.held_out(model, tokenizer, longest)))
+    before = once(out / "untouched.json", lambda: before or borrowed(options, "untouched.json")
+                  or ev.evaluate(model, tokenizer, tasks))
 
     # Sample: text that must not be forgotten, the model's own (3.4) or that of --calibration.
-    texts = ()
-    if options.method == "folora" or options.kl or options.penalty:
+    texts, needs_bases = (), options.method == "folora" and not options.prepared
+    if needs_bases or options.kl or options.method == "lora" and options.penalty:
         texts = once(out / "calibration.json", lambda: sample(options, model, tokenizer))
 
     # Covariances and basis (3.1, 3.2). folora.prepare does these and the adapters in one call. They
     # are apart here so that each has a bar and the bases are kept.
     bases, penalty = None, None
     if options.method == "folora":
-        bases = once(out / "prepared.pt", lambda: solve(options, model, texts, examples))
+        bases = once(out / "prepared.pt", lambda: packed(options, model, texts, examples))["bases"]
     elif options.penalty:
         C_pre = once(out / "prepared.pt", lambda: covariances(options, model, texts, "C_pre"))
 
@@ -139,6 +148,8 @@ def load(options):
     model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
     with ev.blame("--target-modules or --rank"):
         folora.find_targets(model, targets(options), options.rank)
+    if options.prepared:
+        prepared_bases(options, model)
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
 
 
@@ -146,8 +157,14 @@ def targets(options):
     return options.target_modules.split(",")
 
 
+def is_calibration_of_a_run(source):
+    return Path(source).name == "calibration.json" and Path(source).exists()
+
+
 def given_texts(options):
     """The texts that --calibration names."""
+    if is_calibration_of_a_run(options.calibration):
+        return read(Path(options.calibration))["value"]
     return ev.load_tasks(f"prose={options.calibration}", options.calibration_samples)["prose"]
 
 
@@ -158,6 +175,8 @@ def as_lists(texts):
 def sample(options, model, tokenizer):
     """The token lists behind C_pre: the model's own text, or those of --calibration."""
     longest, count = options.calibration_max_tokens, options.calibration_samples
+    if is_calibration_of_a_run(options.calibration):
+        return [ids[:longest] for ids in read(Path(options.calibration))["value"][:count]]
     if options.calibration != "self":
         return ev.encode_texts(tokenizer, given_texts(options), longest, options.calibration)
     with tqdm(total=count, desc="calibration text") as bar, ev.blame(options.model):
@@ -166,26 +185,71 @@ def sample(options, model, tokenizer):
             progress=bar.update))
 
 
-def covariances(options, model, sequences, name):
-    """C_pre or C_task over token lists, with a bar."""
+def covariances(options, model, sequences, name, layers=None):
+    """C_pre or C_task over token lists, with a bar, of all adapted layers or of some."""
     def inputs():
         for batch in tqdm(ev.by_length(sequences, options.micro_batch_size), desc=name):
             batch = ev.collate(batch, model.device)
             del batch["labels"]                      # no loss is needed, and one position's logits
             yield batch | {"use_cache": False, "logits_to_keep": 1}
 
-    return folora.collect_covariances(model, inputs(), targets(options))
+    return folora.collect_covariances(model, inputs(), layers or targets(options))
 
 
 def solve(options, model, texts, examples):
     """FoLoRA's directions for each input of the adapted layers, on the CPU."""
     task = [example["ids"] for example in examples[:options.task_samples]]
-    C_pre = covariances(options, model, texts, "C_pre")
-    C_task = covariances(options, model, task, "C_task")
-    inputs = len({id(C) for C in C_pre.values()})    # q, k and v share one
-    with tqdm(total=inputs, desc="eigenproblems") as bar:
-        return folora.decompose(model, C_pre, C_task, options.rank, basis_rank=options.basis_rank,
-                                progress=bar.update, device=model.device)
+    bases = []
+    for layers in folora.parts(model, targets(options), options.passes):
+        C_pre = covariances(options, model, texts, "C_pre", layers)
+        C_task = covariances(options, model, task, "C_task", layers)
+        inputs = len({id(C) for C in C_pre.values()})                # q, k and v share one
+        with tqdm(total=inputs, desc="eigenproblems") as bar:
+            bases += folora.decompose(model, C_pre, C_task, options.rank,
+                                      basis_rank=options.basis_rank, progress=bar.update,
+                                      device=model.device)
+    return bases
+
+
+def packed(options, model, texts, examples):
+    """The directions, and what they were made for: of --prepared, or found here."""
+    if options.prepared:
+        bases, tokens = prepared_bases(options, model), None
+    else:
+        bases = solve(options, model, texts, examples)
+        task = examples[:options.task_samples]
+        tokens = [sum(map(len, texts)), sum(len(example["ids"]) for example in task)]
+    return folora.pack_prepared(model, bases, TAU, options.basis_rank, tokens)
+
+
+def prepared_bases(options, model):
+    """The directions in --prepared, a run's directory or a file of folora.prepare's cache."""
+    path = Path(options.prepared)
+    if path.is_dir():
+        path /= "prepared.pt"
+    found = read(path)
+    if isinstance(found, dict) and "value" in found:                 # a run's
+        found = found["value"]
+    names = folora.find_targets(model, targets(options))
+    with ev.blame("--prepared"):
+        return folora.unpack_prepared(found, path, model, names, options.rank, TAU,
+                                      options.basis_rank)
+
+
+def borrowed(options, name):
+    """What the run in --prepared knows of the same untouched model, or None: its held-out text or
+    its scores, which would take longer than what was prepared saves."""
+    run = Path(options.prepared or "")
+    if not options.prepared or not (run / name).exists():
+        return None
+    theirs = read(run / "config.json")
+    same = ("model", "dtype", "device", "tasks", "eval_samples", "calibration_max_tokens")
+    if any(theirs["options"].get(key) != getattr(options, key) for key in same):
+        return None
+    files = digests(options)
+    if any(theirs["files"].get(file, digest) != digest for file, digest in files.items()):
+        return None
+    return kept(run / name)
 
 
 def add_adapters(options, model, bases=None):
@@ -207,8 +271,8 @@ def dense_penalty(options, model, C_pre):
     """P, the penalty of SAdam, by its definition and for plain LoRA, whose A moves everywhere: a
     function that returns its value. It keeps H (d_in, d_in) for each input of a layer."""
     layers = []
-    H = {id(C): folora.with_ridge(folora.unit_energy(C), 0.01).to(model.device)
-         for C in C_pre.values()}                    # 0.01: folora.prepare's tau
+    H = {id(C): folora.with_ridge(folora.unit_energy(C), TAU).to(model.device)
+         for C in C_pre.values()}
     for name, C in C_pre.items():
         layer = model.get_submodule(name)
         energy = folora.energy(layer.weight.float(), H[id(C)])               # R(W0)
@@ -353,6 +417,7 @@ def recompute(model, on):
 
 # What --preset sets where the command line does not. "tuned" is folora.prepare's defaults.
 _PREPARE = inspect.signature(folora.prepare).parameters
+TAU = _PREPARE["tau"].default
 PRESETS = {
     "tuned": {name: _PREPARE[name].default for name in folora.PAPER} | {"calibration_samples": 128},
     "paper": folora.PAPER | {"calibration_samples": 2000},
@@ -415,6 +480,8 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--calibration", name, "self", "texts to keep: hub id, .jsonl, or self-written [the paper's]"),
     ("--calibration-samples", FEW, None, "texts; enough: 4 tokens per column of C_pre [ours]"),
     ("--calibration-max-tokens", between(int, 32), 512, "tokens of a text, at most [the paper's]"),
+    ("--prepared", str, None, "run or cache of folora.prepare to take the directions from [ours]"),
+    ("--passes", COUNT, 1, "parts of the layers to prepare one after another: less memory [ours]"),
     ("--task-samples", COUNT, 256, "prompts and responses behind C_task [the paper's]"),
     ("--tasks", str, None, "what to score, as for eval.py; none: its default [ours]"),
     ("--eval-samples", COUNT, 500, "rows a task [ours]"),
@@ -454,7 +521,7 @@ def parse_options(arguments=None):
     for flag, kind, default, text in OPTIONS:
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         shown = "see below" if default is None else "%(default)s"
-        if flag in ("--max-steps", "--tasks", "--out"):
+        if flag in ("--max-steps", "--tasks", "--out", "--prepared"):
             shown = "none"
         if isinstance(default, bool):
             shown = int(default)
@@ -477,7 +544,8 @@ def parse_options(arguments=None):
 def lora_options(options):
     """The same run with plain LoRA, at LoRA's learning rate, in a directory of its own."""
     rates = TINY_LEARNING_RATES if ev.is_tiny(options.model) else LEARNING_RATES
-    changed = dict(method="lora", lr=rates["lora"], kl=0.0, penalty=0.0, out=f"{options.out}/lora")
+    changed = dict(method="lora", lr=rates["lora"], kl=0.0, penalty=0.0, prepared=None,
+                   out=f"{options.out}/lora")
     return argparse.Namespace(**vars(options) | changed)
 
 
@@ -492,8 +560,8 @@ def names_given(arguments=None):
 # Where the first option stands, the others would do nothing.
 IDLE = {
     "--method lora": ("preset", "lam", "s_min", "basis_rank", "zero_start", "scale_lr_B",
-                      "task_samples"),
-    "--method lora and --kl 0": ("calibration", "calibration_samples"),
+                      "task_samples", "prepared", "passes"),
+    "--method lora and neither --kl nor --penalty": ("calibration", "calibration_samples"),
     "--max-steps": ("epochs",),
 }
 
@@ -502,8 +570,9 @@ def check_combination(options, given):
     """Refuse what stands on the command line (`given`) and would do nothing: its user believes that
     it does something."""
     lora = options.method == "lora"
-    here = {"--method lora": lora, "--method lora and --kl 0": lora and not options.kl,
-            "--max-steps": options.max_steps}
+    here = {"--method lora": lora, "--max-steps": options.max_steps,
+            "--method lora and neither --kl nor --penalty":
+                lora and not options.kl and not options.penalty}
     idle = {name: reason for reason, names in IDLE.items() for name in names if here[reason]}
     for name in given & idle.keys():
         flag = name.replace("_", "-")
@@ -546,7 +615,7 @@ def resolve(options):
 # ---- The run's directory -------------------------------------------------------------------------
 
 # A finished run needs these no longer.
-LEFT_OVER = ("held_out.json", "untouched.json", "calibration.json", "prepared.pt", "checkpoint.pt")
+LEFT_OVER = ("checkpoint.pt",)
 
 
 def judge_directory(options):
