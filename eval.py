@@ -373,8 +373,8 @@ def texts_in(row, names, where):
 
 def text_in(row, names, where):
     """The text in the first of these fields that is not empty. A list would lose all but one."""
-    [text, *more] = texts_in(row, names, where)
-    need(not more, f"{where}: {len(more) + 1} texts in {names}, which takes one")
+    [text, *_] = texts_in(row, names, where)
+    need(text in row.values(), f"{where}: {names} takes one text, not a list")
     return text
 
 
