@@ -171,7 +171,7 @@ def find_model(name, above=()):
     path, run = Path(name), {}
     if name == "tiny":
         path = TINY
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or is_finished_run(path):
         run = run_options(path)
     if run:
         need((path / "summary.json").exists(), f"{path} is an unfinished run: repeat its command")
@@ -197,17 +197,23 @@ def find_model(name, above=()):
 
 def read_object(path):
     """The JSON object in a file."""
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged or gone"):
         value = json.loads(path.read_text())
         need(isinstance(value, dict), "it holds no {...}")
     return value
 
 
+def is_finished_run(path):
+    """A checkpoint may have a summary.json of somebody else's, too, but not these folders."""
+    parts = (path / "merged").is_dir() or (path / "adapter").is_dir()
+    return parts and (path / "summary.json").exists()
+
+
 def run_options(path):
     """The options of the run of train_math.py in a directory, or {} where its config.json is that
-    of a checkpoint. Beside a run's summary.json it must be a run's."""
+    of a checkpoint."""
     options = read_object(path / "config.json").get("options")
-    if options is None and not (path / "summary.json").exists():
+    if options is None and not is_finished_run(path):
         return {}
     number = isinstance(options, dict) and options.get("calibration_max_tokens", 256)
     need(isinstance(options, dict) and isinstance(options.get("model"), str)

@@ -962,7 +962,7 @@ def test_held_out_text_is_not_calibration_text(tiny):
     ("no number as lora_alpha", None, {"lora_alpha": "8"}), ("not plain", None, {"use_dora": True}),
     ("is an adapter whose base is itself", None, {"base_model_name_or_path": "{itself}"}),
     ("has no base_model_name_or_path", None, {"base_model_name_or_path": 5}),
-    ("is damaged: it holds no", None, [1]), ("is damaged: it holds no", None, None)])
+    ("damaged or gone: it holds no", None, [1]), ("damaged or gone: it holds no", None, None)])
 def test_a_wrong_adapter_is_refused_before_any_model_is_scored(
         message, weights, config, tiny, tmp_path, monkeypatch, capsys):
     model, folder = wrapped(tiny[0], r=4, target_modules=["q_proj"]), tmp_path / "adapter"
@@ -1349,7 +1349,7 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
      "--calibration gone.jsonl"),
     ("list.jsonl, line 2: not JSON", "--data list.jsonl"),
-    ("line 1: not JSON with fields, {{...}}, in UTF-8: a row is one line, not", "--data pairs.jsonl"),
+    ("in UTF-8: a row is one line, not [[", "--data pairs.jsonl"),
     ("{value}, line 2: not JSON with fields, {{...}}, in UTF-8", "--data half_pair.jsonl"),
     ("{value}, line 1: no field called input with a text", "--data input.jsonl"),
     ("{value}, line 1: question or query or instruction or problem takes one text, not a list",
