@@ -170,7 +170,7 @@ def find_model(name, above=()):
     path, run = Path(name), {}
     if name == "tiny":
         path = TINY
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or is_finished_run(path):
         run = run_options(path)
     if run:
         need((path / "summary.json").exists(), f"{path} is an unfinished run: repeat its command")
@@ -196,17 +196,23 @@ def find_model(name, above=()):
 
 def read_object(path):
     """The JSON object in a file."""
-    with blame(f"{path} is damaged"):
+    with blame(f"{path} is damaged or gone"):
         value = json.loads(path.read_text())
         need(isinstance(value, dict), "it holds no {...}")
     return value
 
 
+def is_finished_run(path):
+    """A checkpoint may have a summary.json of somebody else's, too, but not these folders."""
+    parts = (path / "merged").is_dir() or (path / "adapter").is_dir()
+    return parts and (path / "summary.json").exists()
+
+
 def run_options(path):
     """The options of the run of train_math.py in a directory, or {} where its config.json is that
-    of a checkpoint. Beside a run's summary.json it must be a run's."""
+    of a checkpoint."""
     options = read_object(path / "config.json").get("options")
-    if options is None and not (path / "summary.json").exists():
+    if options is None and not is_finished_run(path):
         return {}
     number = isinstance(options, dict) and options.get("calibration_max_tokens", 256)
     need(isinstance(options, dict) and isinstance(options.get("model"), str)
@@ -373,8 +379,8 @@ def texts_in(row, names, where):
 
 def text_in(row, names, where):
     """The text in the first of these fields that is not empty. A list would lose all but one."""
-    [text, *more] = texts_in(row, names, where)
-    need(not more, f"{where}: {len(more) + 1} texts in {names}, which takes one")
+    [text, *_] = texts_in(row, names, where)
+    need(text in row.values(), f"{where}: {names} takes one text, not a list")
     return text
 
 

@@ -25,13 +25,14 @@ import scipy.linalg
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from tqdm import tqdm
 
 import eval as ev
 import folora
 import train_math
-from assets import kill
+from assets import experiments, kill
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -1128,6 +1129,136 @@ def test_a_run_or_an_adapter_is_the_model_that_peft_makes_of_it(tiny, tmp_path):
     assert ev.find_model(str(tmp_path)) == (str(tmp_path / "merged"), None, {"model": "tiny"})
 
 
+def ending(tokenizer, before, after, **options):
+    """The tokenizer, with special tokens before and behind each text, as a model's directory."""
+    tokenizer = copy.deepcopy(tokenizer)
+    names = [name for name in (before, after) if name]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(filter(None, (before, "$A", after))),
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names])
+    for name, value in options.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize("before", ["<bos>", ""])
+def test_a_tokenizer_that_ends_each_text_changes_no_score_and_no_label(before, tiny):
+    model, tokenizer = tiny
+    plain, ends = (ending(tokenizer, before, after) for after in ("", "<eos>"))
+    texts = ["the hill", "a", "<eos>", "twice <eos><eos>"]
+    assert ev.encode(ends, texts) == ev.encode(plain, texts) == plain(texts)["input_ids"]
+    assert ends("a")["input_ids"] == [*plain("a")["input_ids"], 1]
+    pairs = [("What is 2 + 2?", ["4.\nThe answer is: 4"]), ("Sort: b a", ["a b"])]
+    assert ev.encode_all(ends, pairs, 256) == ev.encode_all(plain, pairs, 256)
+    assert ev.greedy(model, ends, ["3 + 3 ="], 4) == ev.greedy(model, plain, ["3 + 3 ="], 4)
+    own = plain("Q: hm\nA: it is")["input_ids"][len(plain("Q: hm\nA:")["input_ids"]):]
+    assert ev.is_continuation(ends, "Q: hm\nA:", ["no", "it is"], own)
+    found = [experiments.with_answer(some, "Q: {}\nA:", "hm", ["it is"]) for some in (plain, ends)]
+    assert found[0] == found[1] and found[0]["labels"][-len(own):] == own
+
+
+def test_berts_tokenizer_ends_a_response_with_its_own_token(tiny, tmp_path):
+    ending(tiny[1], "<bos>", "<pad>", eos_token=None, sep_token="<pad>").save_pretrained(tmp_path)
+    tokenizer = ev.load_tokenizer(tmp_path)
+    ids = ev.encode_all(tokenizer, [("q", ["a"])], 256)[0]["ids"]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<pad>") != ids[-2]
+    ending(tiny[1], "<bos>", "", eos_token=None, sep_token=None).save_pretrained(tmp_path)
+    with pytest.raises(ev.UserError, match="has no eos_token: set one"):
+        ev.load_tokenizer(tmp_path)
+
+
+def test_what_is_cut_or_left_out_is_said_and_half_may_be(tiny, capsys):
+    tokenizer, long = tiny[1], ("long " * 250, ["is left out"])
+    examples = ev.encode_all(tokenizer, [("q", ["a"]), long], 256)   # exactly half
+    assert len(examples) == 1 and "0 of 2 responses are cut at 256 tokens, and 1 are left out" \
+        in capsys.readouterr().err
+    length = len(examples[0]["ids"])
+    assert ev.encode_all(tokenizer, [("q", ["a"])], length - 1)[0]["ids"] == \
+        examples[0]["ids"][:-1]
+    assert f"1 of 1 responses are cut at {length - 1} tokens" in capsys.readouterr().err
+    with pytest.raises(ev.UserError, match="most prompts fill 256"):
+        ev.encode_all(tokenizer, [("q", ["a"]), long, long], 256)
+    assert [len(ids) for ids in ev.encode_texts(tokenizer, ["a b c d", "a"], 3, "x")] == [3, 2]
+    assert "x: 1 of 2 texts are cut at 3 tokens" in capsys.readouterr().err
+    assert ev.by_length([[1], [1] * 3, [1] * 2], 2) == [[[1] * 3, [1] * 2], [[1]]]   # longest first
+
+
+def test_prose_is_the_models_own_loss(tiny):
+    model, tokenizer = tiny
+    texts, total, count = ["a shop has 14 marbles. " * 90, "Tapo Luke packs 5 bags"], 0, 0
+    for text in texts:                               # the first is cut at the model's positions
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :512]
+        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    scores = ev.evaluate(model, tokenizer, {"prose": texts})
+    assert scores == {"prose": pytest.approx(total / count, rel=1e-4)} and count > 511
+
+
+def test_held_out_text_is_not_calibration_text(tiny):
+    held, texts = ev.held_out(*tiny, 40, 2), folora.sample_calibration(*tiny, 2, 40, 40)
+    assert not any(torch.equal(a, b) for a in held for b in texts)
+    with pytest.raises(SystemExit):                  # its seed, 1000, is no --seed
+        train_math.main(["--seed", "1000"])
+
+
+@pytest.mark.parametrize("message, weights, config", [
+    ("has no weights", lambda w: {}, {}),
+    ("a lora_A or a lora_B, but not both", lambda w: {k: v for k, v in w.items() if "_B" in k}, {}),
+    ("a lora_A or a lora_B, but not both", lambda w: {k: v for k, v in w.items() if "_A" in k}, {}),
+    ("has factors .* on a weight .192, 192.", lambda w: {
+        k: v[:1] if "_B" in k else v for k, v in w.items()}, {}),
+    ("has the rank 1, and adapter_config.json has another r", lambda w: {
+        k: v[:1] if "_A" in k else v[:, :1] for k, v in w.items()}, {}),
+    ("is no nn.Linear of the adapter's base", lambda w: {
+        k.replace("layers.0", "layers.7"): v for k, v in w.items()}, {}),
+    ("no number as lora_alpha", None, {"lora_alpha": "8"}), ("not plain", None, {"use_dora": True}),
+    ("is an adapter whose base is itself", None, {"base_model_name_or_path": "{itself}"}),
+    ("has no base_model_name_or_path", None, {"base_model_name_or_path": 5}),
+    ("damaged or gone: it holds no", None, [1]), ("damaged or gone: it holds no", None, None)])
+def test_a_wrong_adapter_is_refused_before_any_model_is_scored(
+        message, weights, config, tiny, tmp_path, monkeypatch, capsys):
+    model, folder = wrapped(tiny[0], r=4, target_modules=["q_proj"]), tmp_path / "adapter"
+    model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.save_pretrained(folder)
+    if weights:
+        path = folder / "adapter_model.safetensors"
+        save_file({k: v.contiguous() for k, v in weights(load_file(path)).items()}, path)
+    path = folder / "adapter_config.json"
+    if config != {}:
+        whole = {**read_json(path), **config} if isinstance(config, dict) else config
+        path.write_text(json.dumps(whole).replace("{itself}", str(folder)))
+    monkeypatch.setattr(ev, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    line = stopped(ev.main, ["tiny", folder, "--tasks", "facts", "--limit", "2"], capsys)
+    assert re.search(message, line)
+
+
+def test_scores_appear_as_they_are_known_and_stay_if_the_next_model_fails(tmp_path, capsys):
+    """A weight that is no number is refused at loading, and so is a score."""
+    other = shutil.copytree(ev.TINY, tmp_path / "other") / "model.safetensors"
+    save_file(load_file(other) | {"model.norm.weight": torch.full((192,), nan)}, other,
+              {"format": "pt"})
+    with pytest.raises(SystemExit):
+        ev.main(["tiny", str(other.parent), "--tasks", "facts", "--limit", "2"])
+    printed = capsys.readouterr()
+    assert "tiny: facts 100.00" in printed.err and re.search("facts .* 100.00", printed.out)
+    assert printed.err.endswith("model.norm.weight has numbers that are not finite\n")
+
+
+def test_a_score_that_is_no_number_ends_the_run(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "mean_nll", lambda *_: nan)
+    ask = ["tiny", "--tasks", f"nll={ev.TINY / 'test.jsonl'}", "--limit", "2"]
+    assert stopped(ev.main, ask, capsys, status=1) == "nll: the score is nan"
+
+
+def test_models_with_other_tokens_have_no_drift(tiny, tmp_path, capsys):
+    other = shutil.copytree(ev.TINY, tmp_path / "other")
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.add_tokens(["Fema"])
+    tokenizer.save_pretrained(other)
+    line = stopped(ev.main, ["tiny", other, "--tasks", "drift"], capsys)
+    assert "has other tokens than tiny: leave drift out of --tasks" in line
+
+
 def stopped(main, arguments, capsys, status=2):
     """The one line, beside progress bars, that a script ends in with this exit status."""
     capsys.readouterr()
@@ -1336,6 +1467,95 @@ def test_a_second_run_takes_what_a_first_has_prepared(trained, tmp_path, monkeyp
     assert train_math.sample(options, None, None) == read_json(first / "calibration.json")["value"]
 
 
+def a_run(tmp_path, *more):
+    """(options, directory) of a run that reads a file of its own and has only just begun."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(GOOD)
+    out = tmp_path / "run"
+    arguments = command("folora", "--data", str(data), "--out", str(out), *more)
+    options = train_math.parse_options(arguments)
+    train_math.claim(out, options)
+    return options, out
+
+
+def test_another_value_of_any_option_that_counts_is_another_run(tmp_path):
+    options, out = a_run(tmp_path)
+    config = read_json(out / "config.json")
+    for name in vars(options):
+        changed = {**config["options"], name: "other"}
+        (out / "config.json").write_text(json.dumps({**config, "options": changed}))
+        if name in {"out", "micro_batch_size", "gradient_checkpointing", "compare"}:
+            train_math.judge_directory(options)
+        else:
+            with pytest.raises(ev.UserError, match=f"holds a run with another {name}: give"):
+                train_math.judge_directory(options)
+
+
+def test_a_file_that_has_changed_since_a_run_began_is_refused(tmp_path):
+    options, out = a_run(tmp_path)
+    files = read_json(out / "config.json")["files"]
+    read = {"data.jsonl", "test.jsonl", "facts.jsonl", "model.safetensors", "tokenizer.json"}
+    assert read < {Path(file).name for file in files}
+    train_math.judge_directory(options)
+    Path(options.data).write_bytes(GOOD + GOOD)
+    with pytest.raises(ev.UserError, match="data.jsonl has changed since .*run was begun: put"):
+        train_math.judge_directory(options)
+    Path(options.data).unlink()                      # a finished run needs it no longer
+    train_math.judge_directory(options)
+    (out / "config.json").unlink()
+    (out / "held_out.json").write_text("[]")
+    with pytest.raises(ev.UserError, match="has no config.json of a run, and other files .held_o"):
+        train_math.judge_directory(options)
+
+
+def test_a_part_of_another_run_is_neither_used_nor_removed(tmp_path):
+    options, out = a_run(tmp_path)
+    _, other = a_run(tmp_path / "run", "--rank", "4")
+    parts = {"held_out.json": [[1, 2]], "prepared.pt": [{"V": torch.ones(2)}],
+             "checkpoint.pt": {"step": 1}}
+    for name, value in parts.items():
+        for folder in (out, other):
+            train_math.keep(value, folder / name)
+        assert str(train_math.once(out / name, pytest.fail)) == str(value)
+        for damage in (b"{}", b"null", b"[1]", b"{", b"", (other / name).read_bytes()):
+            (out / name).write_bytes(damage)
+            with pytest.raises(ev.UserError, match=f"{name} is .*: delete it"):
+                train_math.kept(out / name)
+    with pytest.raises(ev.UserError, match="checkpoint.pt is not this run's: delete it"):
+        train_math.resume(out, None, None)
+    for summary in ("{}", "null", "[1]"):
+        (out / "summary.json").write_text(summary)
+        with pytest.raises(ev.UserError, match="summary.json is not this run's: delete it"):
+            train_math.finish(out, options)
+    train_math.save({"run": train_math.identity(out), "scores": {}}, out / "summary.json")
+    assert train_math.finish(out, options) == {} and all((out / name).exists() for name in parts)
+    train_math.keep({"step": 1}, out / "checkpoint.pt")              # now it is this run's
+    assert train_math.finish(out, options) == {} and not (out / "checkpoint.pt").exists()
+    train_math.keep([5], tmp_path / "cache.pt")      # outside a run nothing is signed
+    assert torch.load(tmp_path / "cache.pt") == train_math.kept(tmp_path / "cache.pt") == [5]
+
+
+def test_old_texts_take_turns_and_an_infinite_norm_stops(tiny, tmp_path, monkeypatch):
+    """With the seed of --seed, which the data's order and calibration text have, too."""
+    options = train_math.parse_options([*FAST, "--seed", "1", "--kl", "1", "--max-steps", "4",
+                                        "--calibration-max-tokens", "140"])
+    monkeypatch.setattr(train_math, "gradients", gradients := Mock(return_value=(1.0, 1.0)))
+    monkeypatch.setattr(ev, "drift", lambda *_, **__: 0.0)
+    run = lambda: train_math.train(options, nn.Linear(1, 1), torch.optim.SGD([nn.Parameter(
+        torch.ones(1))]), list(range(64)), [], tmp_path, list("abcdef"))
+    run()
+    taken = [(call.args[2], "".join(call.args[-1])) for call in gradients.call_args_list]
+    order = train_math.data_order(64, 8, None, 4, 1)
+    assert taken == [*zip(order, ["abcd", "efab", "cdef", "abcd"])]
+    (tmp_path / "checkpoint.pt").unlink()
+    gradients.return_value = (1.0, math.inf)
+    with pytest.raises(FloatingPointError, match="step 1: loss 1.0, norm inf: lower --lr"):
+        run()
+    monkeypatch.setattr(folora, "sample_calibration", draw := Mock(return_value=[]))
+    train_math.sample(options, *tiny)
+    assert draw.call_args.args[2:] == (4, 128, 140) and draw.call_args.kwargs["seed"] == 1
+
+
 def test_the_gradient_is_clipped_and_checkpointing_runs_the_layers_again(tiny):
     model, calls, examples = copy.deepcopy(tiny[0]), [], word_problems(tiny[1], 1)
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -1388,9 +1608,11 @@ def test_schedule_and_order_of_the_data():
 GOOD = b'{"question": "q", "answer": "a"}\n'
 FILES = {"good": GOOD, "half": GOOD + b'{"question": "q"}\n', "list": GOOD + b"[1, 2]\n",
          "cut": GOOD + b'{"question"\n', "latin": b'{"question": "\xe9", "answer": "a"}\n',
-         "pairs": b'[["question", "q"], ["answer", "a"]]\n', "long": GOOD + GOOD.replace(
-             b"q", b"why " * 600), "half_pair": GOOD + b'{"question": "\\ud800", "answer": "a"}\n',
+         "pairs": b'[["question", "q"], ["answer", "a"]]\n',
+         "long": GOOD + GOOD.replace(b'"q"', b'"' + b"why " * 600 + b'"'),
+         "half_pair": GOOD + b'{"question": "\\ud800", "answer": "a"}\n',
          "input": GOOD.replace(b"}", b', "input": [5]}'),
+         "inputs": GOOD.replace(b"}", b', "input": ["x"]}'),
          "two": GOOD.replace(b'"q"', b'["q", "r"]'),
          "null": b'{"question": null, "answer": "a"}\n', "five": b'{"text": 5}\n', "none": b""}
 BAD = [            # (message, arguments, others, ...): eval.py's if they begin with a model
@@ -1400,20 +1622,13 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
      "tiny --limit -1", "tiny --limit 0"),
     ("{flag}: must be from 0 to 1, not 2", "--s-min 2"), ("{value}: expected one", "--lr"),
     ("{flag}: invalid number value: 'much'", "--lr much"), ("required: MODEL", ""),
-    ("{flag}: invalid int value: 'few'", "tiny --limit few"),
+    ("{flag}: invalid number value: 'few'", "tiny --limit few"),
     ("nothing to score", "--tasks=", "--tasks ,", "tiny --tasks ,", "tiny --tasks="),
     ("--out: must not be empty", "--out="), ("--calibration: must not be empty", "--calibration="),
     ("--batch-size {value} exceeds the 64 examples", "--batch-size 65", "--batch-size 1000000000"),
     ("{value} steps of --batch-size 8 exceed 1e7 examples", "--max-steps 1250001"),
     ("--max-length 513 exceeds the model's 512 positions", "--max-length 513"),
     ("tokens 512 must be below the model's 512 positions", "--calibration-max-tokens 512"),
-    ("{flag} does nothing with --method lora: leave it out", *(
-        f"--method lora --{name} 1" for name in "lam s-min zero-start scale-lr-B task-samples "
-        "basis-rank".split()), "--method lora --preset paper"),
-    ("{flag} does nothing with --method lora and neither", "--method lora --calibration self",
-     "--method lora --calibration-samples 9"),
-    ("--compare lora needs --method folora", "--method lora --compare lora"),
-    ("--epochs does nothing with --max-steps", "--epochs 2"),
     ("a model is named twice", "tiny tiny"), ("facts is named twice", "--tasks facts,facts"),
     ("facts= names no file", "tiny --tasks facts="),
     ("drift takes no file", "tiny --tasks drift=good.jsonl"),
@@ -1426,11 +1641,13 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("{value}: no such directory, and no short name", "--model nowhere", "--model runs/nowhere",
      "nowhere", "good.jsonl"), ("unknown task {value}", "--tasks trivia", "--tasks GM"),
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
-     "--calibration gone.jsonl"), ("list.jsonl, line 2: not JSON", "--data list.jsonl"),
-    ("a row is one line, not [['question', 'q'], ", "--data pairs.jsonl"),
+     "--calibration gone.jsonl"),
+    ("list.jsonl, line 2: not JSON", "--data list.jsonl"),
+    ("in UTF-8: a row is one line, not [[", "--data pairs.jsonl"),
     ("{value}, line 2: not JSON with fields, {{...}}, in UTF-8", "--data half_pair.jsonl"),
     ("{value}, line 1: no field called input with a text", "--data input.jsonl"),
-    ("{value}, line 1: 2 texts in question or", "--data two.jsonl"),
+    ("{value}, line 1: question or query or instruction or problem takes one text, not a list",
+     "--data two.jsonl"), ("{value}, line 1: input takes one text", "--data inputs.jsonl"),
     ("{value}: no .jsonl file, and no hub id", "--data x.csv", "--data a.jsonl.gz",
      "--data good.csv", "--data folder", "--calibration /a/b"),
     ("facts, row 2: a prompt of", "tiny --tasks facts=long.jsonl", "--tasks facts=long.jsonl"),
@@ -1441,11 +1658,25 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("{value}, line 1: no field called question", "--data null.jsonl"),
     ("{value}, line 1: no field called text or question", "--calibration five.jsonl"),
     ("none.jsonl: no rows", "--data none.jsonl"),
-    ("cannot make {value}: good.jsonl is no directory that", "--out good.jsonl",
-     "--out good.jsonl/run"),
+    ("good.jsonl is no directory that can be", "--out good.jsonl", "--out good.jsonl/run"),
     ("folder has no config.json of a run, and other files (summary.json)", "--out folder"),
     ("ours/config.json is not that of a run", "--out ours"),
     ("new has no config.json of a run, and other files (lora)", "--compare lora --out new")]
+
+
+@pytest.mark.parametrize("arguments, idle", [
+    (f"--method lora {option}", option.split()[0])
+    for option in ("--lam 1", "--s-min 1", "--zero-start 1", "--scale-lr-B 1", "--task-samples 1",
+                   "--basis-rank 1", "--calibration-samples 1", "--preset paper",
+                   "--calibration self", "--compare lora")] + [("--epochs 2", "--epochs")])
+def test_an_option_that_would_do_nothing_is_refused_on_the_command_line_alone(
+        arguments, idle, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = stopped(train_math.main, [*COMMON, *arguments.split()], capsys)
+    assert line.startswith((f"{idle} would do nothing with --m", "--compare lora needs --method"))
+    options = train_math.parse_options([*COMMON, *arguments.split(), "--kl", "1"])
+    given = {"rank", "kl", "calibration", "calibration_samples"}
+    train_math.check_combination(options, given)             # with --kl it reads old texts
 
 
 @pytest.mark.parametrize("message, arguments", [

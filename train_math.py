@@ -573,10 +573,9 @@ def check_combination(options, given):
     here = {"--method lora": lora, "--max-steps": options.max_steps,
             "--method lora and neither --kl nor --penalty":
                 lora and not options.kl and not options.penalty}
-    idle = {name: reason for reason, names in IDLE.items() for name in names if here[reason]}
-    for name in given & idle.keys():
-        flag = name.replace("_", "-")
-        ev.need(False, f"--{flag} does nothing with {idle[name]}: leave it out")
+    for reason, names in IDLE.items():
+        idle = [f"--{name.replace('_', '-')}" for name in names if here[reason] and name in given]
+        ev.need(not idle, f"{', '.join(idle)} would do nothing with {reason}: leave it out")
     ev.need(not (lora and "compare" in given and options.compare == "lora"),
             "--compare lora needs --method folora")
 
@@ -635,15 +634,15 @@ def judge_directory(options):
         ev.need(not there, f"{out} has no config.json of a run, and other files ({', '.join(there)}"
                 "): give an empty or another --out")
         return
-    theirs, ours = read(config), vars(options)
-    ev.need(isinstance(theirs, dict) and isinstance(theirs.get("options"), dict)
-            and isinstance(theirs.get("files"), dict),
-            f"{config} is not that of a run of train_math.py: give another --out")
+    with ev.blame(f"{config} is not that of a run of train_math.py: give another --out"):
+        theirs = json.loads(config.read_text())
+        old_options, old_files = dict(**theirs["options"]), dict(**theirs["files"])
+    ours = vars(options)
     names = sorted(ours.keys() - RESUME_MAY_CHANGE)
-    differ = [name for name in names if theirs["options"].get(name) != ours[name]]
+    differ = [name for name in names if old_options.get(name) != ours[name]]
     ev.need(not differ, f"{out} holds a run with another {', '.join(differ)}: give what "
             f"{config} says, or another --out")
-    changed = [name for name, was in digests(options).items() if theirs["files"].get(name) != was]
+    changed = [name for name, was in digests(options).items() if old_files.get(name) != was]
     ev.need(not changed, f"{', '.join(changed)} has changed since {out} was begun: put back what "
             "was there, or give another --out")
 
@@ -750,7 +749,7 @@ def save(value, path):
 
 def read(path):
     """What `save` has written."""
-    with ev.blame(f"{path} is damaged: delete it (config.json: all of --out), to make it again"):
+    with ev.blame(f"{path} is damaged: delete it, to make it again"):
         if path.suffix == ".json":
             return json.loads(path.read_text())
         return torch.load(path, "cpu", mmap=True)
