@@ -132,7 +132,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
     model            any model that takes model(**batch)
     batches          an iterable of dicts. Where a batch has an "attention_mask" (batch, length),
-                     tokens with mask 0 do not count
+                     tokens with mask 0 do not count. Flattened texts are read one by one
     target_modules   names of layers, or their ends, as in PEFT; "all-linear": all but the head
     returns          {name of a layer: (d_in, d_in), float32, on the CPU}. Layers that always read
                      the same tensors, such as q, k and v, have one and the same tensor here
@@ -500,12 +500,11 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
     progress           called with 1 for each accepted text, such as the update of a tqdm bar
     returns            a list of LongTensors (length,), each from its begin-of-sequence token on,
                        without its end-of-sequence token
-    raises             ValueError for a model or numbers that cannot work; RuntimeError if nearly
-                       all texts are degenerate or duplicates
+    raises             RuntimeError if nearly all texts are degenerate or duplicates
     """
     check_sampling(model, num_samples, min_new_tokens, max_new_tokens, batch_size)      # Part II
-    device = model.device
     bos, ends = start_and_end_tokens(model, tokenizer)  # Part II
+    device = model.device
     how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
                eos_token_id=ends, pad_token_id=ends[0])
     shares = torch.tensor([share for share, _ in DECODING])
@@ -689,9 +688,7 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 
 @torch.no_grad()
 def merge(model):
-    """Put an nn.Linear with W = W_res + κ B A in place of each LoRALinear. Returns the model.
-
-    ValueError: the model has no LoRALinear. PEFT's own models have merge_and_unload."""
+    """Put an nn.Linear with W = W_res + κ B A in place of each LoRALinear. Returns the model."""
     for name, layer in adapted_layers(model).items():   # Part II
         BA = layer.lora_B @ layer.lora_A
         W = layer.weight.float() + layer.scaling * BA   # float32, and rounded once
@@ -1141,7 +1138,7 @@ def real_tokens(x, mask):
         return rows
     # DeepSeek's layers read (batch, 1, length, width): a dimension of 1 changes no order.
     shape, fits = ([n for n in sizes if n > 1] for sizes in (x.shape[:-1], mask.shape))
-    if shape == fits or shape == [mask.numel()]:
+    if shape == fits or x.shape[:-1] == (mask.numel(),):
         return rows[mask.flatten().bool().to(rows.device)]
     if len(rows) == len(mask):
         return rows

@@ -800,8 +800,8 @@ def test_an_encoder_decoder_is_prepared_without_padding_and_saved_for_peft(tmp_p
 def test_an_adapter_that_peft_would_drop_is_merged_and_one_that_it_loads_is_saved(tmp_path):
     """PEFT 0.21 looks for gate_proj, up_proj and down_proj in the experts, which are fused. It does
     not in Llama 4, of which it loads all."""
-    llama4 = partial(small, "llama4_text", head_dim=8, num_local_experts=2, intermediate_size_mlp=32,
-                     interleave_moe_layer_step=2)
+    llama4 = partial(small, "llama4_text", head_dim=8, num_local_experts=2,
+                     intermediate_size_mlp=32, interleave_moe_layer_step=2)
     qwen3 = partial(small, "qwen3_moe", head_dim=8, num_experts=4, num_experts_per_tok=2,
                     moe_intermediate_size=8, mlp_only_layers=[0], decoder_sparse_step=1)
     batches = [{"input_ids": torch.randint(64, (2, 9))}] * 2
