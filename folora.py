@@ -346,8 +346,7 @@ class SAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        require_gradients(self.param_groups)                                 # Part II
-        for group in self.param_groups:
+        for group in with_gradients(self.param_groups):                      # Part II
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
@@ -608,8 +607,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
     returns      SAdam, with one parameter group for all A that share an input, and one for each B
     others       as in prepare
     """
-    check_attach(model, bases, lr=lr, alpha=alpha, lam=lam, s_min=s_min)     # Part II
-    freeze(model)                                       # Part II
+    check_and_freeze(model, bases, lr=lr, alpha=alpha, lam=lam, s_min=s_min)            # Part II
     spectral, plain = [], []
     for basis in bases:
         A0, V = basis["A0"], basis["V"]
@@ -892,12 +890,6 @@ def restart_adapter(layer, A0):
     B.data = torch.zeros_like(B, dtype=A0.dtype)
 
 
-def freeze(model):
-    """Freeze all parameters. PEFT has done so, and left trainable what its user wants trained."""
-    if not is_peft_model(model):
-        model.requires_grad_(False)
-
-
 def other_groups(model, groups):
     """[a group] of what else is trainable in a PEFT model, such as modules_to_save, or [].
 
@@ -995,9 +987,10 @@ def check_covariances(C_pre, C_task, rank, tau, basis_rank):
                       "will be learned there", stacklevel=3)
 
 
-def check_attach(model, bases, **numbers):
-    """Refuse bases of another model. A second attach would throw the first's training away, or
-    freeze its adapters."""
+def check_and_freeze(model, bases, **numbers):
+    """Refuse bases of another model, and a second attach: it would throw the first's training away,
+    or freeze its adapters. Then freeze all parameters. PEFT has done so, and left trainable what
+    its user wants trained."""
     check_numbers(**numbers)
     if not bases:
         raise ValueError("there are no bases")
@@ -1013,14 +1006,18 @@ def check_attach(model, bases, **numbers):
                                  "basis: these bases are of another model")
     if is_peft_model(model):
         check_other_weights(model)
+    else:
+        model.requires_grad_(False)
 
 
-def require_gradients(groups):
-    """Nothing would be trained, and the loss of a Trainer would be logged as if it were."""
+def with_gradients(groups):
+    """The groups. Without any gradient nothing would be trained, and a Trainer would log its loss
+    as if it were."""
     if all(p.grad is None for group in groups for p in group["params"]):
         raise ValueError("no parameter of this optimiser has a gradient: something has frozen or "
                          "replaced the adapters after prepare, such as get_peft_model, a Trainer's "
                          "peft_config or prepare_model_for_kbit_training. Do that before prepare")
+    return groups
 
 
 def require_float32(p):
