@@ -69,13 +69,18 @@ rate, the rank and the amount of text are the caller's: the paper has 2e-5, 128 
 Not included: weight decay, schedules, fused experts, offloading, FSDP,
 DeepSpeed, MPS, GradScaler. Schedules and clipping belong to the training loop: see train_math.py.
 """
+import functools
+import inspect
 import itertools
 import json
 import math
 import re
+import warnings
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -128,7 +133,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
 
     model            any model that takes model(**batch)
     batches          an iterable of dicts. Where a batch has an "attention_mask" (batch, length),
-                     tokens with mask 0 do not count
+                     tokens with mask 0 do not count. Flattened texts are read one by one
     target_modules   names of layers, or their ends, as in PEFT; "all-linear": all but the head
     returns          {name of a layer: (d_in, d_in), float32, on the CPU}. Layers that always read
                      the same tensors, such as q, k and v, have one and the same tensor here
@@ -171,8 +176,7 @@ def collect_covariances(model, batches, target_modules=TARGET_MODULES):
         for module in targets.values():
             hook = module.register_forward_pre_hook(read, with_kwargs=True)
             stack.callback(hook.remove)
-        for batch in batches:
-            batch = to_device(batch, device)
+        for batch in arguments(model, batches, device):                      # Part II
             mask = batch.get("attention_mask")
             model(**batch)
             settle()
@@ -396,6 +400,7 @@ class SAdam(torch.optim.Optimizer):
                         gate=None, A0_bar=None, NHN=None, A0_mark=None, partners=(), shares=(),
                         B0=None)
         super().__init__(params, defaults)
+        check_groups(self.param_groups)                                      # Part II
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -404,11 +409,12 @@ class SAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = with_gradients(self.param_groups)      # Part II
         extra = {}                                      # the gradients of P, Ā's under A
-        if any(group["penalty"] > 0 for group in self.param_groups):
+        if any(group["penalty"] > 0 for group in groups):
             for _, gradients, w in self._updates():
                 extra |= {p: w * gradient for p, gradient in gradients.items()}
-        for group in self.param_groups:
+        for group in groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group, extra.get(p))
@@ -416,6 +422,7 @@ class SAdam(torch.optim.Optimizer):
 
     def _update(self, p, group, extra):
         G, V, gate = p.grad, group["basis"], group["gate"]
+        require_float32(p)                              # Part II
         state = self.state[p]
         if not state:                                   # the first step of p
             shape = G.shape if V is None else (*G.shape[:-1], V.shape[-1])
@@ -433,7 +440,6 @@ class SAdam(torch.optim.Optimizer):
                 G = G + extra
             p.sub_(lr * adam_direction(G, m, v, t, betas, eps))
         else:
-            require_float32(p)                          # Part II
             D, D_bar = sadam_direction(G, V, gate, m, v, t, betas, eps, extra)
             p.sub_(lr * D)                              # A ← A + ΔA,  ΔA = -lr · D
             if "A_bar" in state:
@@ -467,8 +473,8 @@ class SAdam(torch.optim.Optimizer):
         return torch.stack(shares).mean().item()
 
     def load_state_dict(self, state_dict):
-        """As torch's. ValueError if the state was saved with bases of other shapes."""
-        check_bases(self.param_groups, state_dict["param_groups"])           # Part II
+        """As torch's. ValueError if the state was saved with bases or moments of other shapes."""
+        check_state(self.param_groups, state_dict)                           # Part II
         super().load_state_dict(state_dict)
         move_bases(self.param_groups)                                        # Part II
 
@@ -597,8 +603,9 @@ def sample_calibration(model, tokenizer, num_samples, min_new_tokens=128, max_ne
                        without its end-of-sequence token
     raises             RuntimeError if nearly all texts are degenerate or duplicates
     """
-    device = model.device
+    check_sampling(model, num_samples, min_new_tokens, max_new_tokens, batch_size)      # Part II
     bos, ends = start_and_end_tokens(model, tokenizer)  # Part II
+    device = model.device
     how = dict(do_sample=True, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens,
                eos_token_id=ends, pad_token_id=ends[0])
     shares = torch.tensor([share for share, _ in DECODING])
@@ -672,6 +679,7 @@ def decompose(model, C_pre, C_task, rank, tau=0.01, basis_rank=None, progress=No
                     "gamma": (k,), "V": (d_in, k), "A0_bar": (rank, k), "NHN": (rank, rank),
                     "W0_energy": R(W0) of each of the layers}], tensors on the CPU
     """
+    check_covariances(C_pre, C_task, rank, tau, basis_rank)                  # Part II
     inputs = {}                                         # the two matrices -> the layers they serve
     for name in C_pre:
         key = id(C_pre[name]), id(C_task[name])
@@ -710,7 +718,8 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
     returns      SAdam, with one parameter group for all A that share an input, and one for each B
     others       as in prepare
     """
-    freeze(model)                                       # Part II
+    check_and_freeze(model, bases, lr=lr, alpha=alpha, lam=lam, s_min=s_min,
+                     penalty=penalty)                   # Part II
     spectral, plain = [], []
     for basis in bases:
         A0, V = basis["A0"], basis["V"]
@@ -726,8 +735,7 @@ def attach(model, bases, lr, alpha=None, lam=1.0, s_min=0.0, zero_start=True, sc
                 B0 = None                               # [ours] B starts at 0
                 if not zero_start:
                     B0 = paper_start(layer.weight, A0, kappa)
-                layer = LoRALinear(layer, A0, B0, alpha)
-                model.set_submodule(name, layer)
+                layer = replace(model, name, LoRALinear(layer, A0, B0, alpha))         # Part II
             [(A, B, kappa)] = factors(layer)            # Part II
             As.append(A)
 
@@ -765,7 +773,7 @@ def attach_dense(model, bases, lr, lam=1.0, s_min=0.0, penalty=0.0):
 
     [ours] A layer's rate is lr · ℓ, where ℓ is the root mean square length of W0's rows, so that
     one lr serves layers of every size. The arguments are those of `attach`. Returns SAdam."""
-    freeze(model)                                       # Part II
+    check_and_freeze(model, bases, lr=lr, lam=lam, s_min=s_min, penalty=penalty)        # Part II
     groups = []
     for basis in bases:
         V, gate = basis["V"], spectral_gate(basis["gamma"], lam, s_min)
@@ -822,7 +830,8 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
                        others, before the model has run; for a layer that reads no token, or numbers
                        that are not finite, after it
     """
-    check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty)           # Part II
+    check_numbers(lr=lr, alpha=alpha, tau=tau, lam=lam, s_min=s_min, basis_rank=basis_rank,
+                  penalty=penalty)                                           # Part II
     rank = check_model(model, target_modules, rank, zero_start, dense)       # Part II
     check_batches((pretrain_batches, task_batches), passes)                  # Part II
     device = next(model.parameters()).device
@@ -850,14 +859,13 @@ def prepare(model, pretrain_batches, task_batches, lr, rank=128, alpha=None, tau
 @torch.no_grad()
 def merge(model):
     """Put an nn.Linear with W = W_res + κ B A in place of each LoRALinear. Returns the model."""
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
-    for name, layer in adapted:
+    for name, layer in adapted_layers(model).items():   # Part II
         BA = layer.lora_B @ layer.lora_A
         W = layer.weight.float() + layer.scaling * BA   # float32, and rounded once
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
-        model.set_submodule(name, linear)
+        replace(model, name, linear)                    # Part II
     return model
 
 
@@ -874,7 +882,7 @@ def factors(layer):
 
     PEFT keeps them in dicts under the adapters' names. No peft is imported: its layers are known by
     a lora_A that is an nn.ModuleDict."""
-    if isinstance(layer, LoRALinear):
+    if is_ours(layer):
         return [(layer.lora_A, layer.lora_B, layer.scaling)]
     if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
         return []
@@ -887,8 +895,24 @@ def has_adapter(layer):
     return bool(factors(layer))
 
 
+def is_ours(layer):
+    """Whether it is a LoRALinear. isinstance would not know one from before importlib.reload."""
+    return hasattr(layer, "start_A")
+
+
 def is_peft_model(model):
-    return hasattr(model, "peft_config")
+    """Also inside a wrapper, such as a value head, or with layers from inject_adapter_in_model."""
+    return any(hasattr(m, "peft_config") or isinstance(getattr(m, "lora_A", None), nn.ModuleDict)
+               for m in model.modules())
+
+
+def adapted_layers(model):
+    """{name: LoRALinear}, never empty: merge and save_adapter would do nothing, and say nothing."""
+    layers = {name: m for name, m in model.named_modules() if is_ours(m)}
+    if not layers:
+        raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained and "
+                         "merge_and_unload")
+    return layers
 
 
 def find_targets(model, target_modules=TARGET_MODULES, rank=1):
@@ -898,12 +922,16 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
     are each nn.Linear whose name ends in one of target_modules, or with "all-linear" every one but
     the output head. ValueError: a layer cannot be adapted, or not with this rank."""
     wrapped = {name: m for name, m in model.named_modules() if has_adapter(m)}
+    for name, module in wrapped.items():
+        check_adapter(model, name, module)
     if wrapped:
-        for name, module in wrapped.items():
-            check_adapter(model, name, module)
         return wrapped
+    if is_peft_model(model):        # IA3 or prompt tuning: plain adapters would stand beside it
+        raise ValueError("this PEFT model has no active LoRA adapter of a linear layer, and FoLoRA "
+                         "trains no other kind: give the model without PEFT")
 
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # The model itself, whose name is empty, cannot be replaced.
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
     head = None
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
@@ -915,32 +943,116 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         if end == "all-linear":
             some = {name for name, m in linears.items() if m is not head}
         if not some:
-            names = sorted({name.split(".")[-1] for name in linears})
-            raise ValueError(f"no nn.Linear is called {end}: there are {names}")
+            raise ValueError(no_linear(model, end, linears))
         found |= some
+    if not found:
+        raise ValueError("target_modules names no layer")
 
     targets = {name: m for name, m in linears.items() if name in found}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    owners = defaultdict(list)      # the id of a parameter -> its names, several where it is tied
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners[id(p)].append(name)
     for name, m in targets.items():
-        # bitsandbytes and others have subclasses, or weights that are no floating numbers. Merging
-        # one layer's adapter into a weight that two share, such as a tied head, would change both.
-        plain = type(m) is nn.Linear and type(m.weight) is nn.Parameter
-        if not plain or uses[id(m.weight)] > 1:
-            raise ValueError(f"{name} is quantised (use get_peft_model) or shares its weight")
-        if not 0 < rank <= m.in_features:
-            raise ValueError(f"rank {rank} is not from 1 to {m.in_features}, {name}'s width")
+        check_linear(model, name, m, owners)
+        check_rank(rank, m.in_features, name)
     return targets
+
+
+def no_linear(model, end, linears):
+    """Why no layer was found: GPT-2's Conv1D and GPTQ's layers have the name, but another class."""
+    classes = {type(m).__name__ for name, m in model.named_modules()
+               if f".{name}".endswith(f".{end}")}
+    if classes:
+        return f"{end} is a {min(classes)}, no plain nn.Linear: get_peft_model may adapt it"
+    names = sorted({name.split(".")[-1] for name in linears})
+    return f"no nn.Linear is called {end}: there are {names}"
+
+
+def check_linear(model, name, layer, owners):
+    """Refuse a layer that LoRALinear would change or break, and say which of the reasons it is."""
+    check_called(model, name)
+    weight = vars(layer)["_parameters"].get("weight")
+    if hasattr(layer, "parametrizations"):
+        # LoRALinear would take the weight of this moment, and what computes it would be gone.
+        cause = "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations before"
+    elif weight is None:
+        cause = ("has a computed weight, as pruning and weight or spectral norm make it: call "
+                 "prune.remove or remove_weight_norm or remove_spectral_norm before")
+    elif "forward" in vars(layer):
+        # LoRALinear has another forward. accelerate's offloading replaces it, for one.
+        cause = "has a forward of its own, which something has set, such as offloading: undo it"
+    elif type(weight) is not nn.Parameter or weight.element_size() < 2:
+        # The weights of bitsandbytes, torchao and others cannot be read as plain numbers.
+        cause = "is quantised (use get_peft_model)"
+    elif type(layer) is not nn.Linear:
+        # A subclass may compute something else than a linear map.
+        cause = f"is a {type(layer).__name__}, no plain nn.Linear: get_peft_model may adapt it"
+    elif weight.is_meta:
+        cause = "has no numbers yet: it is on the meta device"
+    elif len(owners[id(weight)]) > 1:
+        # Merging one layer's adapter into a weight that two share would change both.
+        [other, *_] = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
+        cause = f"shares its weight with {other}: name others in target_modules"
+    else:
+        return
+    raise ValueError(f"{name} {cause}")
+
+
+def check_called(model, name):
+    """Refuse a layer that its parent does not call. nn.MultiheadAttention, the fast path of
+    nn.TransformerEncoderLayer and the kernels of Mamba read the weight themselves, on some devices
+    or in one mode only. There the model would run without the adapter, and nothing would say so.
+
+    The parent's code is searched for a use of the weight as a whole: x.weight.dtype is harmless."""
+    parent, _, child = name.rpartition(".")
+    kind = type(model.get_submodule(parent))
+    use = rf"(?<!isinstance\()\bself\.{child}\.weight(\.t\(\)|\.m?T)?\s*[,)@]"
+    if re.search(use, forward_source(kind)):
+        raise ValueError(f"{name} may not be called: {kind.__name__} reads its weight itself, and "
+                         "an adapter would be ignored. Name other layers in target_modules")
+
+
+@functools.cache
+def forward_source(kind):
+    """The text of a class's methods called forward, torch_forward, cuda_kernels_forward and so on.
+    A class that was typed into a console has none, and is trusted."""
+    texts = []
+    for name in ("forward", *dir(kind)):
+        if name == "forward" or "forward" in name and not hasattr(nn.Module, name):
+            try:
+                texts.append(inspect.getsource(getattr(kind, name)))
+            except (OSError, TypeError):
+                pass
+    return "\n".join(texts)
+
+
+def check_rank(rank, width, name):
+    """null_space would return fewer rows than were asked for."""
+    if not isinstance(rank, Integral) or not 0 < rank <= width:
+        raise ValueError(f"rank {rank} is not from 1 to {width}, {name}'s width")
 
 
 def check_adapter(model, name, layer):
     """PEFT has many kinds of adapters. Ours needs the plain one, at its start, and alone: SAdam
     would train anything else towards something that PEFT does not compute."""
+    if is_ours(layer):      # attaching again would throw away what it has learned
+        raise ValueError(f"{name} has an adapter from before: call merge, or load the model again")
+    check_called(model, name)
     [(A, B, _), *more] = factors(layer)
     is_linear = A.ndim == 2 and not hasattr(layer, "parameter_name")         # target_parameters
     fresh = not B.any() and A.requires_grad
-    if more or not is_linear or not fresh or len(A) > A.shape[1] or not is_peft_model(model):
+    if more or not is_linear or not fresh or len(A) > A.shape[1]:
         raise ValueError(f"{name} needs one linear, trainable adapter, B = 0, rank <= width: set "
                          "PEFT's init_lora_weights=True, or merge a trained adapter first")
+
+
+def replace(model, name, layer):
+    """Put a layer in another's place, with the hooks and the mode that its owner has set on it."""
+    old = model.get_submodule(name)
+    kept = {key: value for key, value in vars(old).items() if "hook" in key or key == "training"}
+    vars(layer).update(kept)
+    model.set_submodule(name, layer)
+    return layer
 
 
 def restart_adapter(layer, A0):
@@ -961,12 +1073,6 @@ def share_of(layer, kappa, W0_energy, penalty):
     return kappa ** 2 / (W0_energy or 1.0)
 
 
-def freeze(model):
-    """Freeze all parameters. PEFT has done so, and left trainable what its user wants trained."""
-    if not is_peft_model(model):
-        model.requires_grad_(False)
-
-
 def other_groups(model, groups):
     """[a group] of what else is trainable in a PEFT model, such as modules_to_save, or [].
 
@@ -974,6 +1080,15 @@ def other_groups(model, groups):
     ours = {id(p) for group in groups for p in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     return [{"params": others, "scale": 0.1}] if others else []
+
+
+def check_other_weights(model):
+    """What else a PEFT model trains would stand still in bfloat16, whose steps are rounded away."""
+    ours = {id(p) for layer in model.modules() for A, B, _ in factors(layer) for p in (A, B)}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.element_size() < 4 and id(p) not in ours:
+            raise ValueError(f"{name} would be trained in {p.dtype}, which rounds small steps away:"
+                             " load the model in float32, or p.data = p.data.float()")
 
 
 def read_weight(layer):
@@ -1006,16 +1121,40 @@ def check_batches(batches, passes):
         raise ValueError(f"passes={passes} reads the batches {passes} times: give lists")
 
 
-def check_numbers(lr, alpha, tau, lam, s_min, basis_rank, penalty):
+def check_numbers(**values):
     """NaN and numbers out of range would show as a loss that is not finite, or not at all."""
-    positive = dict(lr=lr, tau=tau, lam=lam, alpha=alpha, basis_rank=basis_rank)
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, not {value}")
-    if not 0 <= s_min <= 1:
-        raise ValueError(f"s_min must be from 0 to 1, not {s_min}")
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"penalty must be 0 or a positive number, not {penalty}")
+    for name, value in values.items():
+        if value is None and name in ("alpha", "basis_rank"):
+            continue
+        try:
+            if name == "s_min":
+                wanted, good = "from 0 to 1", 0 <= value <= 1
+            elif name == "penalty":
+                wanted, good = "a number from 0 on", 0 <= value < math.inf
+            elif name == "basis_rank":
+                wanted, good = "a positive whole number", value > 0 and isinstance(value, Integral)
+            else:
+                wanted, good = "a positive number", 0 < value < math.inf
+        except TypeError:                               # the text "3e-3" from a file of settings
+            wanted, good = "a number", False
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+
+
+def check_groups(groups):
+    """torch.optim.Adam refuses such numbers, too. An eps of 0 would divide 0 by 0."""
+    for group in groups:
+        check_numbers(eps=group["eps"])
+        for name in ("lr", "scale"):                    # a schedule may begin at 0
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {group[name]}")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be from 0 to 1, without 1, not {group['betas']}")
+        V, gate = group["basis"], group["gate"]
+        for p in group["params"]:
+            if V is not None and (p.shape[-1] != len(V) or gate.shape != V.shape[1:]):
+                raise ValueError(f"a basis {tuple(V.shape)} with a gate {tuple(gate.shape)} does "
+                                 f"not fit a parameter {tuple(p.shape)}")
 
 
 def check_model(model, target_modules, rank, zero_start, dense):
@@ -1030,7 +1169,58 @@ def check_model(model, target_modules, rank, zero_start, dense):
         return rank
     if not zero_start:
         raise ValueError("PEFT's adapters need zero_start=True: the paper's start changes W0")
+    check_other_weights(model)
     return max(len(A) for layer in targets.values() for A, _, _ in factors(layer))
+
+
+def check_covariances(C_pre, C_task, rank, tau, basis_rank):
+    """Refuse what cannot be decomposed, and say where there is nothing to learn from: a layer whose
+    input is always 0 on the task has gradients and gates of 0, and its A would silently stay."""
+    check_numbers(tau=tau, basis_rank=basis_rank)
+    for name in {**C_pre, **C_task}:
+        shapes = [tuple(C[name].shape) if name in C else None for C in (C_pre, C_task)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name}'s C_pre and C_task are of shapes {shapes[0]} and {shapes[1]}")
+    widths = {name: len(C) for name, C in C_pre.items()}
+    widest = max(widths, key=widths.get)                # PEFT's rank_pattern is cut to each width
+    check_rank(rank, widths[widest], widest)
+    zeros = [name for name, C in C_task.items() if not C.any()]
+    if zeros:
+        warnings.warn(f"{', '.join(zeros)}: the input is always 0 on the task, so that nothing "
+                      "will be learned there", stacklevel=3)
+
+
+def check_and_freeze(model, bases, **numbers):
+    """Refuse bases of another model, and a second attach: it would throw the first's training away,
+    or freeze its adapters. Then freeze all parameters. PEFT has done so, and left trainable what
+    its user wants trained."""
+    check_numbers(**numbers)
+    if not bases:
+        raise ValueError("there are no bases")
+    for name, layer in model.named_modules():
+        if has_adapter(layer):
+            check_adapter(model, name, layer)
+    modules = dict(model.named_modules())
+    for basis in bases:
+        for name in basis["modules"]:
+            width = getattr(modules.get(name), "in_features", None)
+            if width != len(basis["V"]):
+                raise ValueError(f"{name} has the width {width}, and {len(basis['V'])} in its "
+                                 "basis: these bases are of another model")
+    if is_peft_model(model):
+        check_other_weights(model)
+    else:
+        model.requires_grad_(False)
+
+
+def with_gradients(groups):
+    """The groups. Without any gradient nothing would be trained, and a Trainer would log its loss
+    as if it were."""
+    if all(p.grad is None for group in groups for p in group["params"]):
+        raise ValueError("no parameter of this optimiser has a gradient: something has frozen or "
+                         "replaced the adapters after prepare, such as get_peft_model, a Trainer's "
+                         "peft_config or prepare_model_for_kbit_training. Do that before prepare")
+    return groups
 
 
 def require_float32(p):
@@ -1041,14 +1231,27 @@ def require_float32(p):
 
 def guard(model, bases, groups):
     """Refuse to let another optimiser train the adapters, as a Trainer without `optimizers` would:
-    it would run, learn, and forget. The hook sees the steps of all optimisers in the process, so it
-    goes when the adapted layers go."""
-    for group in groups:
-        for p in group["params"]:
-            p.needs_sadam = True
-    handle = register_optimizer_step_pre_hook(refuse_others)
+    it would run, learn, and forget."""
     layer = model.get_submodule(bases[0]["modules"][0])
-    weakref.finalize(layer, handle.remove).atexit = False
+    layer.folora_guard = Guard([p for group in groups for p in group["params"]])
+
+
+class Guard:
+    """A mark on parameters, and a hook that looks for it while an adapted layer keeps its guard.
+
+    torch offers only a hook that sees the steps of all optimisers in the process, so it goes when
+    the guard goes. copy.deepcopy makes new parameters without the mark. But it copies the guard as
+    well, by __setstate__, which marks them, and so does pickle."""
+
+    def __init__(self, params):
+        self.__setstate__({"params": params})
+
+    def __setstate__(self, state):
+        self.params = state["params"]
+        for p in self.params:
+            p.needs_sadam = True
+        handle = register_optimizer_step_pre_hook(refuse_others)
+        weakref.finalize(self, handle.remove).atexit = False
 
 
 def refuse_others(optimizer, *_):
@@ -1060,19 +1263,88 @@ def refuse_others(optimizer, *_):
 
 # ---- What a model reads --------------------------------------------------------------------------
 
-def to_device(batch, device):
-    return {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
+def arguments(model, batches, device):
+    """Arguments for model(**arguments), on the device, in which a text is read as it is alone."""
+    for batch in batches:
+        check_batch(model, batch)
+        for some in separate_texts(batch):
+            yield {key: v.to(device) if torch.is_tensor(v) else v for key, v in some.items()}
+
+
+def check_batch(model, batch):
+    """A text, a row of a data set and a mask of another size would fail deep inside the model."""
+    if not isinstance(batch, Mapping):
+        raise ValueError('a batch is a dict for model(**batch), such as {"input_ids": tokens (batch'
+                         f", length)}}, and not a {type(batch).__name__}")
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and getattr(ids, "ndim", 0) < 2:
+        raise ValueError("a batch's input_ids must be a tensor (batch, length): a single text is "
+                         "text[None], and rows of a data set need a collator")
+    if ids is not None and getattr(mask, "ndim", 0) == 2 and mask.shape != ids.shape:
+        raise ValueError(f"an attention_mask {tuple(mask.shape)} does not fit input_ids "
+                         f"{tuple(ids.shape)}")
+    # In an encoder-decoder the shape does not tell whose padding a mask or the labels describe.
+    configs = (getattr(m, "config", None) for m in model.modules())
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        for name, v in batch.items():
+            padding = {"labels": -100}.get(name, 0 if name.endswith("attention_mask") else None)
+            if padding is not None and torch.is_tensor(v) and (v == padding).any():
+                raise ValueError(f"{name} has padding, which is not told apart in an encoder and a "
+                                 "decoder: give batches without padding, such as one text each")
+
+
+def separate_texts(batch):
+    """[the batch], or each of its texts where one would change what is read of another.
+
+    A text is changed by padding on its left in models that count positions from the left, such as
+    GPT-2, or that carry a state, such as RecurrentGemma. It is changed by the text before it in a
+    row that has been flattened, as for FlashAttention: position_ids start again, without a mask."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    texts = []                                          # (row, start, end)
+    if mask is None and getattr(positions, "ndim", 0) == 2:
+        shape = positions.shape
+        for i, row in enumerate(positions):
+            starts = [0, *(1 + (row.diff() <= 0).nonzero().flatten()).tolist(), len(row)]
+            texts += [(i, *ends) for ends in itertools.pairwise(starts)]
+        if len(texts) == len(positions):
+            return [batch]
+    elif getattr(mask, "ndim", 0) == 2 and not mask[:, 0].all():
+        shape = mask.shape
+        for i, row in enumerate(mask):
+            real = row.nonzero().flatten().tolist()
+            texts += [(i, real[0], real[-1] + 1)] if real else []
+    else:
+        return [batch]
+
+    def part(v, i, start, end):
+        if not torch.is_tensor(v) or v.shape[:1] != shape[:1]:
+            return v
+        return v[i:i + 1, start:end] if v.shape[:2] == shape else v[i:i + 1]
+
+    # FlashAttention's own limits are those of the whole row.
+    kept = {key: v for key, v in batch.items()
+            if not key.startswith(("cu_seq_lens_", "max_length_", "seq_idx"))}
+    return [{key: part(v, *text) for key, v in kept.items()} for text in texts]
 
 
 def real_tokens(x, mask):
     """The rows (tokens, d_in) of a layer's input x whose attention_mask is not 0.
 
-    Padding would count as text otherwise. A mask that does not fit is not used: a pooler reads one
-    row a text, and an expert some of the tokens, flattened. So do not pad what experts read."""
+    Padding would count as text otherwise. Some layers read all tokens flattened, and a pooler one
+    row a text. Whatever else a mask does not fit, such as an expert that reads some of the tokens
+    or another stream of tokens, is refused: an equal number of rows would prove nothing."""
     rows = x.reshape(-1, x.shape[-1])
-    if mask is not None and mask.numel() == len(rows):
-        rows = rows[mask.flatten().bool().to(rows.device)]
-    return rows
+    if not torch.is_tensor(mask) or mask.ndim != 2 or mask.all():            # no padding is marked
+        return rows
+    # DeepSeek's layers read (batch, 1, length, width): a dimension of 1 changes no order.
+    shape, fits = ([n for n in sizes if n > 1] for sizes in (x.shape[:-1], mask.shape))
+    if shape == fits or x.shape[:-1] == (mask.numel(),):
+        return rows[mask.flatten().bool().to(rows.device)]
+    if len(rows) == len(mask):
+        return rows
+    raise ValueError(f"a layer reads {tuple(x.shape)}, and an attention_mask {tuple(mask.shape)} "
+                     "does not tell which rows are padding: give batches without padding, such as "
+                     "one text each")
 
 
 @contextmanager
@@ -1107,6 +1379,24 @@ def keep_weights_differentiable(module):
         module.support_avx512bf16_for_cpu = False
 
 
+def check_sampling(model, num_samples, min_new_tokens, max_new_tokens, batch_size):
+    """Else sampling would fail deep in generate, loop for ever, or blame the model's text."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(model, "generate"):
+        raise ValueError("sampling needs a decoder-only model that can generate: give pretraining "
+                         "texts of your own")
+    if not (num_samples > 0 and batch_size > 0 and 0 <= min_new_tokens <= max_new_tokens):
+        raise ValueError("num_samples and batch_size must be positive, and min_new_tokens at most "
+                         "max_new_tokens")
+    if max_new_tokens < 32:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: B.4's screen rejects texts of fewer "
+                         "than 32 tokens")
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if max_new_tokens >= positions:                     # the BOS takes one, too
+        raise ValueError(f"the model reads {positions} tokens: max_new_tokens must be lower, and "
+                         f"is {max_new_tokens}")
+
+
 def start_and_end_tokens(model, tokenizer):
     """(the token that begins a text, [the tokens that end one]). Chat models have several ends.
     [ours] Some models, such as Qwen's, have no BOS: their texts were separated by EOS."""
@@ -1117,9 +1407,17 @@ def start_and_end_tokens(model, tokenizer):
     if ends is None:
         raise ValueError("neither generation_config nor the tokenizer has an eos_token_id: set one")
     ends = torch.tensor(ends).flatten().tolist()
-    for bos in (tokenizer.bos_token_id, config.bos_token_id, ends[0]):
-        if bos is not None:
-            return bos, ends
+    starts = (tokenizer.bos_token_id, config.bos_token_id, ends[0])
+    bos = next(start for start in starts if start is not None)
+    # A configuration may be left from another vocabulary. The model would fail at its embedding.
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embedding, "num_embeddings", math.inf)
+    for token in (bos, *ends):
+        if not 0 <= token < size:
+            raise ValueError(f"token {token}, which begins or ends texts, is beyond the model's "
+                             f"vocabulary of {size}: set bos_token_id and eos_token_id of the "
+                             "tokenizer and of model.generation_config")
+    return bos, ends
 
 
 @contextmanager
@@ -1173,11 +1471,18 @@ def same_in_all_processes(bases):
     return bases
 
 
-def check_bases(ours, saved):
-    """The moments are coordinates in the saved basis: with another k they fit nothing."""
-    shapes = [[getattr(group.get("basis"), "shape", None) for group in groups]
-              for groups in (ours, saved)]
-    if shapes[0] != shapes[1]:
+def check_state(groups, state_dict):
+    """The moments are coordinates in the saved basis: with another k or rank they fit nothing."""
+    saved = state_dict["param_groups"]
+    shapes = [[getattr(group.get("basis"), "shape", None) for group in some]
+              for some in (groups, saved)]
+    fits = shapes[0] == shapes[1]
+    for group, other in zip(groups, saved):
+        for p, index in zip(group["params"], other["params"]):
+            m, V = state_dict["state"].get(index, {}).get("exp_avg"), group["basis"]
+            wanted = p.shape if V is None else (*p.shape[:-1], V.shape[-1])
+            fits &= m is None or m.shape == wanted
+    if not fits:
         raise ValueError("the saved optimiser has other bases: prepare with the same arguments")
 
 
@@ -1303,14 +1608,13 @@ def save_adapter(model, directory):
 
     From B = 0 the adapter has rank r. The paper's start has changed W0 as well, and there the
     update W - W0 = κ (B A - B0 A0) is written as one adapter of rank 2 r:
-    [B, -B0] [A; A0]. ValueError: the model has no LoRALinear."""
+    [B, -B0] [A; A0]. ValueError: the model has no LoRALinear, or PEFT would drop some of them."""
     from safetensors.torch import save_file  # comes with transformers
     model = getattr(model, "module", model)             # inside DistributedDataParallel
     layers = {name.replace("_orig_mod.", ""): m         # torch.compile adds this to the names
-              for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise ValueError("no LoRALinear is here: PEFT's own models have save_pretrained")
-    tensors = {}
+              for name, m in adapted_layers(model).items()}
+    check_peft_loads(model, layers)
+    tensors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         A, B = layer.lora_A.detach(), layer.lora_B.detach()
         if layer.start_A is not None:
@@ -1318,19 +1622,49 @@ def save_adapter(model, directory):
             B = torch.cat([B, -layer.start_B], dim=1)   # (d_out, 2 r)
         tensors[f"base_model.model.{name}.lora_A.weight"] = own_copy(A.float())
         tensors[f"base_model.model.{name}.lora_B.weight"] = own_copy(B.float())
-    rank = len(A)
+        key = "^" + re.escape(name)                     # PEFT takes it for a regular expression
+        ranks[key] = len(A)
+        alphas[key] = layer.scaling * len(A)            # PEFT's κ is lora_alpha / r
+    rank, alpha = ranks[key], alphas[key]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": peft_task(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "target_modules": list(layers),
         "r": rank,
-        "lora_alpha": layer.scaling * rank,             # PEFT's κ is lora_alpha / r
+        "lora_alpha": alpha,
+        # Layers that were attached with ranks or alphas of their own.
+        "rank_pattern": {key: r for key, r in ranks.items() if r != rank},
+        "alpha_pattern": {key: a for key, a in alphas.items() if a != alpha},
     }
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def peft_task(model):
+    """PEFT's task type: its Auto classes refuse another. Models that read something else than
+    tokens have none, because PEFT's class for a task would hand them input_ids."""
+    if not hasattr(model, "generate") or getattr(model, "main_input_name", "") == "input_features":
+        return None
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+
+
+def check_peft_loads(model, names):
+    """Where experts that were layers are fused into a parameter gate_up_proj (experts, 2 h, width),
+    PEFT takes targets that are called as such layers were for the experts, and drops the adapters
+    of dense layers. Llama 4's experts, (experts, width, 2 h), have never been layers."""
+    weights = dict(model.named_parameters())
+    fused = any(name.endswith("experts.gate_up_proj") and
+                p.shape[1] == 2 * weights[name.replace("gate_up", "down")].shape[2]
+                for name, p in weights.items())
+    dropped = [name for name in names
+               if name.split(".")[-1] in ("gate", "gate_proj", "up_proj", "down_proj")]
+    if fused and dropped:
+        raise ValueError(f"PEFT would not load the adapter of {dropped[0]}, because this model has "
+                         "fused experts: folora.merge(model) and save_pretrained in its place")
 
 
 # ==================================================================================================

@@ -27,6 +27,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.nn.utils import prune
 from tqdm import tqdm
 
 import eval as ev
@@ -150,6 +151,51 @@ def test_a_layer_that_shares_an_input_only_sometimes_has_a_covariance_of_its_own
         close(C[name], X.mT @ X / len(X))
 
 
+class Running(nn.Module):
+    """Each position reads the sum of all before it, as in a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q_proj = nn.Embedding(50, 6), nn.Linear(6, 6)
+
+    def forward(self, input_ids, position_ids=None, attention_mask=None):
+        return self.q_proj(self.embed(input_ids).cumsum(dim=1))
+
+
+@pytest.mark.parametrize("first", [0, 2])               # OPT's positions begin at 2
+def test_texts_are_read_as_they_are_alone_if_flattened_or_padded_on_the_left(first):
+    model, rows = Running(), [[torch.randint(50, (n,)) for n in lengths]
+                              for lengths in ([3, 5, 1], [1, 8])]
+    positions = [torch.cat([first + torch.arange(len(text)) for text in row]) for row in rows]
+    flat = {"input_ids": torch.stack([torch.cat(row) for row in rows]),
+            "position_ids": torch.stack(positions), "max_length_q": 8}
+    left = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] + [1] * 8])
+    whole = {"input_ids": flat["input_ids"], "attention_mask": torch.ones(2, 9)}
+    for batch, texts in ((flat, rows[0] + rows[1]),
+                         (flat | {"attention_mask": None}, rows[0] + rows[1]),
+                         ({"input_ids": torch.stack([flat["input_ids"][0]] * 3),
+                           "attention_mask": left}, [flat["input_ids"][0, i:] for i in (4, 1)]),
+                         (whole, flat["input_ids"]),
+                         ({"input_ids": rows[1][1][None], "position_ids": torch.arange(8)[None]},
+                          rows[1][1:])):
+        alone = torch.cat([model.embed(text).cumsum(dim=0) for text in texts]).detach()
+        C = folora.collect_covariances(model, [batch], "q_proj")["q_proj"]
+        close(C, alone.mT @ alone / len(alone))
+
+
+def test_a_mask_is_used_where_it_fits_and_refused_where_it_tells_nothing():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for shape, count in (((2, 3, 4), 5), ((6, 4), 5), ((2, 1, 3, 4), 5), ((2, 4), 2)):
+        x = torch.randn(shape)
+        rows = folora.real_tokens(x, mask)
+        close(rows, x.view(-1, 4)[mask.flatten().bool()] if count == 5 else x)
+        assert len(folora.real_tokens(x, torch.ones(9, 9))) == len(x.view(-1, 4))
+        assert len(folora.real_tokens(x, torch.zeros(2, 1, 3, 3))) == len(x.view(-1, 4))
+    for shape in ((3, 2, 4), (1, 6, 4), (5, 4), (3, 4)):    # an expert, or another stream of tokens
+        with pytest.raises(ValueError, match="give batches without padding"):
+            folora.real_tokens(torch.randn(shape), mask)
+
+
 def test_a_target_is_a_whole_name_or_its_end_or_every_layer_but_the_head(tiny):
     for targets in ("q_proj", ["0.q_proj"]):
         assert [*folora.find_targets(nn.Sequential(Block()), targets)] == ["0.q_proj"]
@@ -165,6 +211,22 @@ def test_hooks_and_modes_are_put_back_also_when_the_forward_fails():
         folora.collect_covariances(model, [{"nonsense": 1}], BLOCK_TARGETS)
     assert [len(m._forward_pre_hooks) for m in (model.q_proj, model.k_proj)] == [1, 0]
     assert model.training and model.q_proj.training and not model.o_proj.training
+
+
+def test_the_owners_hooks_and_modes_are_kept_by_prepare_and_merge():
+    model, seen, inputs = Block(), [], [{"x": torch.randn(2, 20, 8)}]
+    model.q_proj.eval()
+    model.q_proj.register_forward_pre_hook(lambda m, args, kwargs: seen.append("before"),
+                                           with_kwargs=True)
+    after = model.q_proj.register_forward_hook(lambda *_: seen.append("after"))
+    optimizer = folora.prepare(model, inputs, inputs, 0.1, 2, target_modules="q_proj")
+    for change in (lambda: None, lambda: folora.merge(model), after.remove):
+        change()
+        seen.clear()
+        model(**inputs[0])
+        assert seen == ["before", "after"][:1 if change == after.remove else 2]
+        assert not model.q_proj.training
+    assert optimizer.param_groups[0]["params"]
 
 
 @pytest.fixture(params=[1, 2])
@@ -457,6 +519,9 @@ def test_sadam_is_adam_without_a_basis_and_passes_what_has_no_gradient():
     close(take_steps(sadam, p, gradients), take_steps(adam, q, gradients), rtol=1e-6, atol=1e-7)
     assert torch.equal(unused, torch.ones(3, 6)) and unused not in sadam.state
     assert sadam.step(lambda: p.sum().backward() or 5.0) == 5.0      # a closure and its loss
+    sadam.zero_grad()
+    with pytest.raises(ValueError, match="frozen or replaced the adapters after prepare"):
+        sadam.step()
 
 
 def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spectral, tmp_path):
@@ -470,9 +535,13 @@ def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spe
     take_steps(first, p, gradients[:2])
     torch.save(first.state_dict(), tmp_path / "state")
     second.load_state_dict(torch.load(tmp_path / "state"))
-    for unfit in (dict(basis=None, gate=None), dict(basis=torch.ones(6, 2))):
-        state = second.state_dict()
-        state["param_groups"][0].update(unfit)
+    other_rank = torch.zeros(2, V.shape[1])
+    for unfit in (dict(basis=None, gate=None), dict(basis=torch.ones(6, 2)), None):
+        state = copy.deepcopy(second.state_dict())
+        if unfit:
+            state["param_groups"][0].update(unfit)
+        else:
+            state["state"][0].update(exp_avg=other_rank, exp_avg_sq=other_rank)
         with pytest.raises(ValueError, match="has other bases: prepare with the same"):
             second.load_state_dict(state)
     assert torch.equal(take_steps(second, p, gradients[2:]), straight)
@@ -481,13 +550,17 @@ def test_sadam_goes_on_from_its_state_dict_and_refuses_one_that_does_not_fit(spe
 def test_null_space_is_scipys_bottom_eigenvectors(threads):
     """In a stack. At any scale, where one direction has nearly all, slightly indefinite, and 0."""
     C, indefinite = covariance(300, 900, 1e3), covariance(300, 20) - 1e-6 * torch.eye(300)
-    stack = torch.stack([C, C + 200, 1e-9 * C, indefinite, 0 * C]).float()
+    # The seventh and the eighth differ by a ten-thousandth, beside one of a thousand.
+    narrow = torch.tensor([1e3] + [1e-3 * (1 + 1e-4 * i) for i in range(299)]).double()
+    rotation = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64)).Q
+    stack = torch.stack([C, C + 200, 1e-9 * C, indefinite, 0 * C,
+                         rotation * narrow @ rotation.mT]).float()
     found = folora.null_space(stack, 7)
-    assert found.shape == (5, 7, 300) and found.dtype == torch.float32 and found.is_contiguous()
+    assert found.shape == (6, 7, 300) and found.dtype == torch.float32 and found.is_contiguous()
     for rows, one in zip(found, stack.double()):
         close(rows @ rows.mT, torch.eye(7), rtol=0, atol=1e-5)
         least = scipy.linalg.eigvalsh(one.numpy())[:7].sum()
-        assert energy(rows, one) == pytest.approx(least, rel=1e-4, abs=1e-6 * one.norm().item())
+        assert energy(rows, one) == pytest.approx(least, rel=1e-6, abs=1e-9 * one.norm().item())
 
 
 def test_energy_is_the_mean_squared_length_of_the_output():
@@ -614,6 +687,23 @@ def test_covariances_are_in_mean_eigenvalues():
     close(unit[0], unit[1])
 
 
+def test_an_input_that_is_always_0_is_said_and_the_rest_is_trained():
+    """On the task, or on all text."""
+    x, zero = torch.randn(2, 30, 5), torch.zeros(2, 30, 5)
+    for pre in (x, zero):
+        model = Sometimes()
+        a, b = model.a.weight.clone(), model.b.weight.clone()
+        with pytest.warns(UserWarning, match="^a: the input is always 0 on the task"):
+            optimizer = folora.prepare(model, [{"x": pre, "y": x}], [{"x": zero, "y": x}], 0.1, 2,
+                                       target_modules=["a", "b"])
+        gates = [group["gate"] for group in optimizer.param_groups if group["basis"] is not None]
+        assert not gates[0].any() and gates[1].max() > 0.3
+        descend(model, optimizer, [{"x": zero, "y": x}] * 3, lambda output: output)
+        folora.merge(model)
+        assert torch.equal(model.a.weight, a) and not torch.equal(model.b.weight, b)
+        assert model.a.weight.isfinite().all() and model.b.weight.isfinite().all()
+
+
 def test_prepare_is_its_parts_literally():
     """One layer by hand in float64, every option at a value of its own. The pretraining inputs are
     in 10 of 16 dimensions, the task's in 4 of those and 4 others."""
@@ -725,6 +815,10 @@ def test_sampling_replaces_rejects_and_duplicates_until_there_are_too_many():
     with pytest.raises(RuntimeError, match="91 samples were rejected and 2 accepted"):
         sample(model, 100)
     assert model.training
+    for rejects, enough in ((84, True), (85, False)):                # 64 + 10 · 2
+        queue[:] = [good(10), good(70), *[[5] * 50] * rejects, good(130)]
+        with contextlib.nullcontext() if enough else pytest.raises(RuntimeError, match="85 samp"):
+            assert len(sample(model, 3, batch_size=1)) == 3
 
 
 def test_sampling_from_a_real_model_is_plain_whatever_it_is_configured_for(tiny):
@@ -851,6 +945,134 @@ def test_an_adapter_knows_the_untouched_base_and_is_loaded_on_it(zero_start, tra
         close(loaded(**inputs[0]).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+class Nested(nn.Module):
+    """A name that ends in another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.inner = nn.Linear(16, 16), nn.Sequential()
+        self.inner.q_proj = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.inner(self.q_proj(x))
+
+
+class ValueHead(nn.Module):
+    """A wrapper as in reinforcement learning."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.value = inner, nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.value(self.inner(x))
+
+
+def test_a_peft_model_is_found_inside_a_wrapper_or_without_its_class():
+    inputs = [{"x": torch.randn(2, 30, 16)}]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    for inner in (wrapped(Nested(), target_modules=["q_proj"]),
+                  peft.inject_adapter_in_model(config, Nested())):
+        model = ValueHead(inner)
+        *ours, others = folora.prepare(model, inputs, inputs, 0.1).param_groups
+        assert others["params"] == [*model.value.parameters()] and others["scale"] == 0.1
+        trained = {id(p) for group in (*ours, others) for p in group["params"]}
+        assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            folora.merge(model)
+
+
+@pytest.mark.parametrize("rebuild", ["from the class", "reloaded"])
+def test_merge_and_save_find_adapters_of_a_reloaded_folora(rebuild, tmp_path, monkeypatch):
+    inputs = [{"x": torch.randn(2, 30, 16)}]
+    model = Block(16)
+    folora.prepare(model, inputs, inputs, 0.1, 2, target_modules="q_proj")
+    nn.init.normal_(model.q_proj.lora_B)
+    wanted = model(**inputs[0])
+    if rebuild == "reloaded":                            # as importlib.reload leaves it
+        monkeypatch.setattr(folora, "LoRALinear", type("LoRALinear", (nn.Linear,), {}))
+    folora.save_adapter(model, tmp_path)
+    close(folora.merge(model)(**inputs[0]), wanted, **SAME)
+    assert type(model.q_proj) is nn.Linear
+    with pytest.raises(ValueError, match="no LoRALinear is here"):
+        folora.merge(model)
+
+
+@pytest.mark.parametrize("zero_start", [True, False])
+def test_layers_of_different_rank_and_alpha_are_saved_as_peft_has_them(zero_start, tmp_path):
+    model, C = Nested(), {"q_proj": covariance(16, 40).float()}
+    base = copy.deepcopy(model)
+    bases = folora.decompose(model, C, C, 3) + [
+        basis | {"modules": ["inner.q_proj"]} for basis in folora.decompose(model, C, C, 5)]
+    folora.attach(model, bases, 0.1, alpha=6, zero_start=zero_start)
+    for layer in (model.q_proj, model.inner.q_proj):
+        nn.init.normal_(layer.lora_B)
+    folora.save_adapter(model, tmp_path)
+    loaded, x = peft.PeftModel.from_pretrained(base, tmp_path), torch.randn(7, 16)
+    close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def small(kind, **options):
+    """A transformer of a few thousand weights, the same at each call."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    config = transformers.AutoConfig.for_model(kind, **config | options)
+    auto = {"t5": transformers.AutoModelForSeq2SeqLM, "whisper": transformers.AutoModel}
+    return auto.get(kind, transformers.AutoModelForCausalLM).from_config(config).float().eval()
+
+
+def test_an_encoder_decoder_is_prepared_without_padding_and_saved_for_peft(tmp_path):
+    make = partial(small, "t5", d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                   decoder_start_token_id=0)
+    base, q = make(), "decoder.block.0.layer.0.SelfAttention.q"
+    base.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    batch = {name: torch.randint(3, 64, (2, 9)) for name in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones(2, 9)
+    model.get_submodule(q).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen = []
+    C = folora.collect_covariances(model, [batch], [q])[q]
+    rows = seen[0].flatten(0, 1)
+    close(C, rows.mT @ rows / 18)
+    for name, padding in (("attention_mask", 0), ("decoder_attention_mask", 0), ("labels", -100)):
+        padded = batch[name].clone() if name in batch else torch.ones(2, 9)
+        padded[0, 4:] = padding
+        with pytest.raises(ValueError, match=f"^{name} has padding.*give batches without padding"):
+            folora.collect_covariances(model, [batch | {name: padded}], [q])
+    optimizer = folora.prepare(model, [batch], [batch], 0.1, 2, target_modules=["q", "v"])
+    descend(model, optimizer, [batch] * 3)
+    folora.save_adapter(model, tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+    close(loaded(**batch).logits, model(**batch).logits, **SAME)
+    assert (loaded(**batch).logits - base(**batch).logits).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="sampling needs a decoder-only model"):
+        folora.sample_calibration(model, None, 2)
+
+
+def test_an_adapter_that_peft_would_drop_is_merged_and_one_that_it_loads_is_saved(tmp_path):
+    """PEFT 0.21 looks for gate_proj, up_proj and down_proj in the experts, which are fused. It does
+    not in Llama 4, of which it loads all."""
+    llama4 = partial(small, "llama4_text", head_dim=8, num_local_experts=2,
+                     intermediate_size_mlp=32, interleave_moe_layer_step=2)
+    qwen3 = partial(small, "qwen3_moe", head_dim=8, num_experts=4, num_experts_per_tok=2,
+                    moe_intermediate_size=8, mlp_only_layers=[0], decoder_sparse_step=1)
+    batches = [{"input_ids": torch.randint(64, (2, 9))}] * 2
+    for make, targets in ((llama4, folora.TARGET_MODULES), (qwen3, ("q_proj", "v_proj")),
+                          (qwen3, folora.TARGET_MODULES)):
+        model = make()
+        optimizer = folora.prepare(model, batches, batches, 0.1, 2, target_modules=targets)
+        descend(model, optimizer, batches, lambda output: output.logits.square().mean())
+        if make == llama4 or len(targets) == 2:
+            folora.save_adapter(model, tmp_path)
+            loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
+            close(loaded(**batches[0]).logits, model(**batches[0]).logits, **SAME)
+    with pytest.raises(ValueError, match="PEFT would not load .*gate_proj.*merge.model"):
+        folora.save_adapter(model, tmp_path)
+    wanted = model(**batches[0]).logits
+    close(folora.merge(model)(**batches[0]).logits, wanted, **SAME)
+
+
 @pytest.mark.parametrize("package, how", [
     ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_8bit=True)),
     ("bitsandbytes", lambda _: transformers.BitsAndBytesConfig(load_in_4bit=True,
@@ -899,6 +1121,20 @@ IA3 = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
 PEFTS, TWO = (wrapped(Block(16), target_modules=["q_proj"]) for _ in range(2))
 TWO.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"]))
 TWO.base_model.set_adapter(["default", "second"])
+PROMPTS = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+PRUNED, NORMED, WEIGHT, OWN, CONV, META = (Block(16) for _ in range(6))
+prune.l1_unstructured(PRUNED.q_proj, "weight", 0.5)
+nn.utils.parametrizations.weight_norm(NORMED.q_proj)
+nn.utils.weight_norm(WEIGHT.q_proj)
+OWN.q_proj.forward = OWN.q_proj.forward
+CONV.q_proj = transformers.pytorch_utils.Conv1D(16, 16)
+META.q_proj.to("meta")
+SUBCLASS = Block(16)
+SUBCLASS.q_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
+FAST = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 1)
+HALF = wrapped(Block(16).bfloat16(), target_modules=["q_proj"], modules_to_save=["k_proj"])
+BASES = folora.decompose(Block(16), {"q_proj": torch.eye(16)}, {"q_proj": torch.eye(16)}, 2)
+decompose = partial(folora.decompose, None)
 UNREAD = map(pytest.fail, ["a forward pass was about to run"])
 collect = partial(folora.collect_covariances, Block(), batches=(), target_modules=BLOCK_TARGETS)
 prepare = partial(folora.prepare, model=Block(16), pretrain_batches=UNREAD, task_batches=UNREAD,
@@ -909,26 +1145,91 @@ REFUSED = [                                  # (message, call, options that are 
      dict(target_modules="proj"), dict(target_modules=(*BLOCK_TARGETS, "gate_proj"))),
     ("no nn.Linear is called all-linear", folora.find_targets,
      dict(model=nn.Embedding(9, 8), target_modules="all-linear")),
-    ("q_proj is quantised .* or shares its weight", prepare, dict(model=TIED)),
+    ("q_proj shares its weight with again.weight", prepare, dict(model=TIED)),
+    ("q_proj has a computed weight", prepare, dict(model=PRUNED), dict(model=WEIGHT)),
+    ("q_proj is parametrised", prepare, dict(model=NORMED)),
+    ("q_proj has a forward of its own", prepare, dict(model=OWN)),
+    ("q_proj has no numbers yet", prepare, dict(model=META)),
+    ("q_proj is a NonDynamicallyQuantizableLinear, no plain", prepare, dict(model=SUBCLASS)),
+    ("q_proj is a Conv1D, no plain nn.Linear: get_peft_model may", prepare, dict(model=CONV)),
+    ("linear1 may not be called: TransformerEncoderLayer reads its weight", prepare,
+     dict(model=FAST, target_modules="linear1"),
+     dict(model=wrapped(FAST, target_modules=["linear1"]))),
+    ("out_proj may not be called: MultiheadAttention reads", prepare,
+     dict(model=FAST, target_modules="out_proj")),
+    ("out_proj may not be called: Mamba2Mixer reads its weight itself", prepare,
+     dict(model=small("mamba2", num_heads=4, head_dim=8, n_groups=1), target_modules="out_proj")),
+    ("k_proj.* would be trained in torch.bfloat16.*load the model in float32", prepare,
+     dict(model=HALF)),
+    ("a batch is a dict for model.*not a Tensor", collect, dict(batches=[torch.ones(9)])),
+    ("a batch is a dict for model.*not a str", collect, dict(batches={"input_ids": I3})),
+    ("input_ids must be a tensor .batch, length.", collect, dict(batches=[{"input_ids": [5, 6]}]),
+     dict(batches=[{"input_ids": I3[0]}])),
+    ("an attention_mask .3, 2. does not fit input_ids .3, 3.", collect,
+     dict(batches=[{"input_ids": I3, "attention_mask": I3[:, :2]}])),
+    ("(lr|scale) must be a number from 0 on", partial(folora.SAdam, [nn.Parameter(I3)]),
+     dict(lr=-1), dict(lr=nan), dict(lr=math.inf)),
+    ("betas must be from 0 to 1, without 1", partial(folora.SAdam, [nn.Parameter(I3)], 0.1),
+     dict(betas=(0.9, 1.0)), dict(betas=(nan, 0.9)), dict(betas=(-0.1, 0.9))),
+    ("eps must be a positive number", partial(folora.SAdam, [nn.Parameter(I3)], 0.1),
+     dict(eps=0), dict(eps=nan), dict(eps=-1), dict(eps=math.inf)),
+    ("a basis .3, 2. with a gate .3,. does not fit a parameter .3, 3.", folora.SAdam,
+     dict(params=[{"params": [nn.Parameter(I3)], "basis": I3[:, :2], "gate": I3[0]}], lr=1)),
+    ("(lr|alpha|lam) must be a positive number", partial(folora.attach, Block(16), BASES),
+     dict(lr=-1), dict(lr=nan), dict(lr=1, alpha=-1), dict(lr=1, lam=math.inf)),
+    ("s_min must be", partial(folora.attach, Block(16), BASES, 1), dict(s_min=nan)),
+    ("q_proj has the width 8, and 16 in its basis", folora.attach,
+     dict(model=Block(8), bases=BASES, lr=1)),
+    ("q_proj has the width None", folora.attach, dict(model=nn.Module(), bases=BASES, lr=1)),
+    ("q_proj has an adapter from before", folora.attach, dict(model=ADAPTED, bases=BASES, lr=1)),
+    ("there are no bases", folora.attach, dict(model=Block(), bases=[], lr=1)),
+    ("(tau|basis_rank) must be a positive", partial(decompose, {"a": I3}, {"a": I3}, 2),
+     dict(tau=0), dict(tau=nan), dict(tau=math.inf), dict(basis_rank=-1)),
+    ("rank (0|4|-1) is not from 1 to 3, a's width", partial(decompose, {"a": I3}, {"a": I3}),
+     dict(rank=0), dict(rank=4), dict(rank=-1)),
+    ("(a|b)'s C_pre and C_task are of shapes", partial(decompose, {"a": I3}, rank=1),
+     dict(C_task={"b": I3}), dict(C_task={"a": torch.eye(2)})),
     ("q_proj has read no token: leave it out", collect, dict(batches=[]), dict(
         batches=[{"x": torch.ones(1, 2, 8), "attention_mask": torch.zeros(1, 2)}])),
     ("q_proj reads numbers that are not finite", collect,
      dict(batches=[{"x": nan * torch.ones(1, 2, 8)}])),
     ("input is not positive-definite", partial(folora.generalized_eigenbasis, I3, tau=0.1),
      dict(C_pre=-I3), dict(C_pre=nan * I3)),
-    ("(lr|tau|lam|alpha|basis_rank) must be a positive number, not", prepare, dict(lr=-1),
-     dict(lr=nan), dict(lr=math.inf), dict(tau=0), dict(lam=0), dict(lam=nan), dict(basis_rank=0),
-     dict(alpha=-1)), ("s_min must be from 0 to 1, not", prepare, dict(s_min=1.1), dict(s_min=nan)),
+    ("(lr|tau|lam|alpha|basis_rank) must be a (positive |whole )*number, not", prepare,
+     dict(lr=-1), dict(lr=nan), dict(lr=math.inf), dict(lr="3e-3"), dict(lr=None), dict(tau=0),
+     dict(lam=0), dict(lam=nan), dict(basis_rank=0), dict(basis_rank=1.5), dict(alpha=-1)),
+    ("s_min must be from 0 to 1, not", prepare, dict(s_min=1.1), dict(s_min=nan)),
+    ("rank 2.0 is not from 1 to 16", prepare, dict(rank=2.0)),
+    ("target_modules names no layer", prepare, dict(target_modules=())),
     ("PEFT's own models have", partial(folora.save_adapter, directory="/dev/null"),
      dict(model=Block())),
     ("zero_start=True: the paper's start", prepare, dict(model=PEFTS, zero_start=False)),
     ("needs one linear, trainable adapter, B = 0, rank", folora.find_targets,
-     dict(model=ADAPTED), dict(model=TWO), *(dict(model=wrapped(Block(), **wrong)) for wrong in (
+     dict(model=TWO), *(dict(model=wrapped(Block(), **wrong)) for wrong in (
          dict(r=9), dict(init_lora_weights="pissa"), dict(init_lora_weights=False),
          dict(inference_mode=True), dict(target_modules=[], target_parameters=["q_proj.weight"])))),
-    ("no nn.Linear is called q_proj", folora.find_targets,
+    ("q_proj has an adapter from before: call merge", folora.find_targets, dict(model=ADAPTED)),
+    ("this PEFT model has no active LoRA adapter", folora.find_targets,
      dict(model=wrapped(nn.Sequential(nn.Embedding(9, 8)), target_modules=["0"])),
-     dict(model=peft.get_peft_model(Block(), IA3))),
+     dict(model=peft.get_peft_model(Block(), IA3)),
+     dict(model=peft.get_peft_model(small("llama"), PROMPTS))),
+]
+sampled = partial(folora.sample_calibration, tokenizer=SimpleNamespace(bos_token_id=None,
+                                                                       eos_token_id=None))
+GPT = partial(small, "gpt2", n_positions=600)
+REFUSED += [
+    ("max_new_tokens is 31: B.4's screen rejects", partial(sampled, GPT(), num_samples=2),
+     dict(min_new_tokens=5, max_new_tokens=31)),
+    ("num_samples and batch_size must be positive, and", partial(sampled, GPT()),
+     dict(num_samples=0), dict(num_samples=2, batch_size=0),
+     dict(num_samples=2, min_new_tokens=600), dict(num_samples=2, min_new_tokens=-1)),
+    ("the model reads 600 tokens: max_new_tokens must be lower", partial(sampled, GPT()),
+     dict(num_samples=2, max_new_tokens=600)),
+    ("sampling needs a decoder-only model", sampled, dict(model=Block(), num_samples=2)),
+    ("token 50256, which begins or ends texts, is beyond the model's vocabulary of 64", sampled,
+     dict(model=GPT(), num_samples=2)),
+    ("neither generation_config nor the tokenizer has an eos_token_id", sampled,
+     dict(model=GPT(bos_token_id=None, eos_token_id=None), num_samples=2)),
 ]
 
 
@@ -1637,7 +1938,7 @@ BAD = [            # (message, arguments, others, ...): eval.py's if they begin 
     ("rank 193 is not from 1 to 192, model.layers.0.self_attn.q_proj's width", "--rank 193"),
     ("most prompts fill {value} tokens: {flag}", "--max-length 20"),
     ("no nn.Linear is called nothing", "--target-modules nothing"),
-    ("lm_head is quantised (use get_peft_model) or shares", "--target-modules lm_head"),
+    ("lm_head shares its weight with model.embed_tokens.weight", "--target-modules lm_head"),
     ("{value}: no such directory, and no short name", "--model nowhere", "--model runs/nowhere",
      "nowhere", "good.jsonl"), ("unknown task {value}", "--tasks trivia", "--tasks GM"),
     ("gone.jsonl: no such file", "--tasks nll=gone.jsonl", "--data gone.jsonl",
@@ -1748,7 +2049,7 @@ def test_every_package_that_is_imported_is_required():
 
 
 GUARD = """
-import gc, torch
+import copy, gc, pickle, torch
 from torch.optim import optimizer as hooks
 import folora
 seen = lambda: len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks)
@@ -1773,6 +2074,17 @@ except ValueError as error:
     assert "optimizers=(optimizer, None)" in str(error)
 else:
     raise AssertionError("AdamW was let through")
+for copied in (copy.deepcopy(second), pickle.loads(pickle.dumps(second))):
+    assert seen() == 3                                       # its own, and one on each copy
+    try:
+        torch.optim.AdamW(copied.parameters()).step()
+    except ValueError:
+        pass
+    else:
+        raise AssertionError("AdamW was let through on a copy")
+del copied
+gc.collect()
+assert seen() == 1
 other = torch.nn.Linear(3, 3)
 torch.optim.AdamW(other.parameters()).step()                 # other models are free
 folora.merge(second)

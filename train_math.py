@@ -243,11 +243,12 @@ def borrowed(options, name):
     if not options.prepared or not (run / name).exists():
         return None
     theirs = read(run / "config.json")
-    same = ("model", "dtype", "device", "tasks", "eval_samples", "calibration_max_tokens")
-    if any(theirs["options"].get(key) != getattr(options, key) for key in same):
-        return None
+    depends = ["model", "dtype", "device", "calibration_max_tokens"]
+    if name == "untouched.json":
+        depends += ["tasks", "eval_samples"]
     files = digests(options)
-    if any(theirs["files"].get(file, digest) != digest for file, digest in files.items()):
+    if (any(theirs["options"].get(key) != getattr(options, key) for key in depends)
+            or any(theirs["files"].get(file, digest) != digest for file, digest in files.items())):
         return None
     return kept(run / name)
 

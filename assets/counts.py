@@ -1,4 +1,4 @@
-"""What FoLoRA takes in memory and operations, counted from the layers' shapes: python assets/counts.py
+"""What FoLoRA takes in memory and operations, counted from the shapes: python assets/counts.py
 
 Nothing here is measured. A multiply and an add are two operations. GB are 10^9 bytes, TFLOP 10^12
 operations. Activations come on top.
