@@ -176,7 +176,8 @@ def sample(options, model, tokenizer):
     """The token lists behind C_pre: the model's own text, or those of --calibration."""
     longest, count = options.calibration_max_tokens, options.calibration_samples
     if is_calibration_of_a_run(options.calibration):
-        return [ids[:longest] for ids in read(Path(options.calibration))["value"][:count]]
+        texts = read(Path(options.calibration))["value"][:count]
+        return [ids[:longest + 1] for ids in texts]  # the token that begins a text comes on top
     if options.calibration != "self":
         return ev.encode_texts(tokenizer, given_texts(options), longest, options.calibration)
     with tqdm(total=count, desc="calibration text") as bar, ev.blame(options.model):
