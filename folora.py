@@ -949,9 +949,7 @@ def find_targets(model, target_modules=TARGET_MODULES, rank=1):
         raise ValueError("target_modules names no layer")
 
     targets = {name: m for name, m in linears.items() if name in found}
-    owners = defaultdict(list)      # the id of a parameter -> its names, several where it is tied
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners[id(p)].append(name)
+    owners = owners_of_weights(model)
     for name, m in targets.items():
         check_linear(model, name, m, owners)
         check_rank(rank, m.in_features, name)
@@ -968,10 +966,19 @@ def no_linear(model, end, linears):
     return f"no nn.Linear is called {end}: there are {names}"
 
 
+def owners_of_weights(model):
+    """{the id of a parameter: its names}, of which it has several where it is tied."""
+    owners = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners[id(p)].append(name)
+    return owners
+
+
 def check_linear(model, name, layer, owners):
     """Refuse a layer that LoRALinear would change or break, and say which of the reasons it is."""
     check_called(model, name)
     weight = vars(layer)["_parameters"].get("weight")
+    others = [other for other in owners[id(weight)] if other != f"{name}.weight"]
     if hasattr(layer, "parametrizations"):
         # LoRALinear would take the weight of this moment, and what computes it would be gone.
         cause = "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations before"
@@ -989,10 +996,9 @@ def check_linear(model, name, layer, owners):
         cause = f"is a {type(layer).__name__}, no plain nn.Linear: get_peft_model may adapt it"
     elif weight.is_meta:
         cause = "has no numbers yet: it is on the meta device"
-    elif len(owners[id(weight)]) > 1:
+    elif others:
         # Merging one layer's adapter into a weight that two share would change both.
-        [other, *_] = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
-        cause = f"shares its weight with {other}: name others in target_modules"
+        cause = f"shares its weight with {others[0]}: name others in target_modules"
     else:
         return
     raise ValueError(f"{name} {cause}")
@@ -1200,13 +1206,15 @@ def check_and_freeze(model, bases, **numbers):
     for name, layer in model.named_modules():
         if has_adapter(layer):
             check_adapter(model, name, layer)
-    modules = dict(model.named_modules())
+    modules, owners = dict(model.named_modules()), owners_of_weights(model)
     for basis in bases:
         for name in basis["modules"]:
             width = getattr(modules.get(name), "in_features", None)
             if width != len(basis["V"]):
                 raise ValueError(f"{name} has the width {width}, and {len(basis['V'])} in its "
                                  "basis: these bases are of another model")
+            if not has_adapter(modules[name]):
+                check_linear(model, name, modules[name], owners)
     if is_peft_model(model):
         check_other_weights(model)
     else:
@@ -1277,9 +1285,10 @@ def check_batch(model, batch):
         raise ValueError('a batch is a dict for model(**batch), such as {"input_ids": tokens (batch'
                          f", length)}}, and not a {type(batch).__name__}")
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is not None and getattr(ids, "ndim", 0) < 2:
+    only_text = all(isinstance(v, str) for v in batch.values())
+    if only_text or ids is not None and (not torch.is_tensor(ids) or ids.ndim < 2):
         raise ValueError("a batch's input_ids must be a tensor (batch, length): a single text is "
-                         "text[None], and rows of a data set need a collator")
+                         "text[None], and rows of a data set need a tokenizer and a collator")
     if ids is not None and getattr(mask, "ndim", 0) == 2 and mask.shape != ids.shape:
         raise ValueError(f"an attention_mask {tuple(mask.shape)} does not fit input_ids "
                          f"{tuple(ids.shape)}")

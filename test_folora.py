@@ -170,11 +170,13 @@ def test_texts_are_read_as_they_are_alone_if_flattened_or_padded_on_the_left(fir
     flat = {"input_ids": torch.stack([torch.cat(row) for row in rows]),
             "position_ids": torch.stack(positions), "max_length_q": 8}
     left = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] + [1] * 8])
+    twice = {"input_ids": torch.stack([flat["input_ids"][0]] * 2), "attention_mask": left[::2]}
     whole = {"input_ids": flat["input_ids"], "attention_mask": torch.ones(2, 9)}
     for batch, texts in ((flat, rows[0] + rows[1]),
                          (flat | {"attention_mask": None}, rows[0] + rows[1]),
                          ({"input_ids": torch.stack([flat["input_ids"][0]] * 3),
                            "attention_mask": left}, [flat["input_ids"][0, i:] for i in (4, 1)]),
+                         (twice, [flat["input_ids"][0, i:] for i in (4, 1)]),
                          (whole, flat["input_ids"]),
                          ({"input_ids": rows[1][1][None], "position_ids": torch.arange(8)[None]},
                           rows[1][1:])):
@@ -1164,7 +1166,7 @@ REFUSED = [                                  # (message, call, options that are 
     ("a batch is a dict for model.*not a Tensor", collect, dict(batches=[torch.ones(9)])),
     ("a batch is a dict for model.*not a str", collect, dict(batches={"input_ids": I3})),
     ("input_ids must be a tensor .batch, length.", collect, dict(batches=[{"input_ids": [5, 6]}]),
-     dict(batches=[{"input_ids": I3[0]}])),
+     dict(batches=[{"input_ids": I3[0]}]), dict(batches=[{"question": "q", "answer": "a"}])),
     ("an attention_mask .3, 2. does not fit input_ids .3, 3.", collect,
      dict(batches=[{"input_ids": I3, "attention_mask": I3[:, :2]}])),
     ("(lr|scale) must be a number from 0 on", partial(folora.SAdam, [nn.Parameter(I3)]),
@@ -1180,6 +1182,7 @@ REFUSED = [                                  # (message, call, options that are 
     ("s_min must be", partial(folora.attach, Block(16), BASES, 1), dict(s_min=nan)),
     ("q_proj has the width 8, and 16 in its basis", folora.attach,
      dict(model=Block(8), bases=BASES, lr=1)),
+    ("q_proj shares its weight with again", folora.attach, dict(model=TIED, bases=BASES, lr=1)),
     ("q_proj has the width None", folora.attach, dict(model=nn.Module(), bases=BASES, lr=1)),
     ("q_proj has an adapter from before", folora.attach, dict(model=ADAPTED, bases=BASES, lr=1)),
     ("there are no bases", folora.attach, dict(model=Block(), bases=[], lr=1)),
