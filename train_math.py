@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B           # on four GPUs
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,drift        # local
 
-The run is kept in --out: config.json (all options), metrics.jsonl, summary.json (scores),
-adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
-goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
-table. Another run needs another --out. metrics.jsonl has a line for each step:
+The run is kept in --out: config.json (all options, and a digest of each file that it reads),
+metrics.jsonl, summary.json (scores), adapter/ (for PEFT) and, with --merge 1, merged/ (a plain
+Hugging Face checkpoint). The same command goes on with an interrupted run and ends with the same
+numbers. Of a finished one it prints the table. Another run needs another --out, new or empty.
+metrics.jsonl has a line for each step:
 
     step           optimiser steps done
     loss           mean NLL of the batch's response tokens before the step, in nat
@@ -334,7 +335,7 @@ TINY_LEARNING_RATES = {"tuned": 2.4e-2, "paper": 6e-3, "lora": 4e-3}
 RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 
 
-between = ev.between
+between = ev.between                                 # an argparse type: (kind, least, greatest)
 COUNT, NATURAL = between(int, 1), between(int, 0)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
 FEW = between(int, 1, 100_000)                       # more texts than that are never sampled
@@ -622,8 +623,9 @@ def signed(value, run):
 
 
 def is_ours(path):
+    """Whether this run has made a file, which it may then remove."""
     try:
-        return signed(read(path), identity(path.parent))
+        return signed(read(path, mmap=True), identity(path.parent))
     except ev.UserError:                             # it cannot even be read
         return False
 
@@ -641,12 +643,12 @@ def save(value, path):
     part.replace(path)
 
 
-def read(path):
-    """What `save` has written."""
+def read(path, mmap=False):
+    """What `save` has written. mmap: tensors stay on the disk until they are used."""
     with ev.blame(f"{path} is damaged: delete it, to make it again"):
         if path.suffix == ".json":
             return json.loads(path.read_text())
-        return torch.load(path, "cpu", mmap=True)
+        return torch.load(path, "cpu", mmap=mmap)
 
 
 def checkpoint(out, model, optimizer, lines):
