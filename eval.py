@@ -450,10 +450,11 @@ def encode(tokenizer, texts):
 
 
 def encode_texts(tokenizer, texts, longest, source):
-    """Token lists of texts that bear a loss or are read, of at most `longest` tokens."""
+    """Token lists of texts, of at most `longest` tokens. A first token is not predicted, so that
+    texts of one token have no loss, and no model reads a text of none."""
     lists = encode(tokenizer, texts)
-    need(any(len(ids) > 1 for ids in lists) and all(lists), f"{source}: no text of two tokens, or "
-         "one of none")
+    need(all(lists), f"{source}: the tokenizer finds no token in a text")
+    need(any(len(ids) > 1 for ids in lists), f"{source}: all texts have a single token")
     cut = sum(len(ids) > longest for ids in lists)
     if cut:
         say(f"{source}: {cut} of {len(lists)} texts are cut at {longest} tokens")

@@ -2016,6 +2016,18 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
     assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)
 
 
+def test_help_fits_and_says_each_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train_math.main(["--help"])
+    text = capsys.readouterr().out
+    options, table = text[text.index("options:"):].split("what --preset")
+    assert max(map(len, text.splitlines())) <= 100 and "(None)" not in text
+    described = re.split(r"\n  (?=--)", options)
+    below = {item.split()[0] for item in described if "below)" in " ".join(item.split())}
+    assert len(below) > 5 and below <= {*re.findall(r"\n  (--\S+)", table)}
+
+
 def test_loras_start_is_pefts(tiny):
     """A is uniform in ± 1 / √d_in, and B is 0."""
     ours, theirs = copy.deepcopy(tiny[0]), wrapped(tiny[0])

@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B           # on four GPUs
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,drift        # local
 
+<<<<<<< HEAD
 The run is kept in --out: config.json (all options), metrics.jsonl, summary.json (scores),
 adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
 goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
@@ -15,6 +16,12 @@ has prepared for the same model (a larger --rank or --basis-rank cannot be serve
 
 For this, prepared.pt (4 (k + r) bytes for each input dimension: 0.3 GB for Qwen2.5-1.5B) and the
 small calibration.json, held_out.json and untouched.json stay in --out; delete them as you like.
+=======
+The run is kept in --out: config.json (all options, and a digest of each file that it reads),
+metrics.jsonl, summary.json (scores), adapter/ (for PEFT) and, with --merge 1, merged/ (a plain
+Hugging Face checkpoint). The same command goes on with an interrupted run and ends with the same
+numbers. Of a finished one it prints the table. Another run needs another --out, new or empty.
+>>>>>>> w32b
 metrics.jsonl has a line for each step:
 
     step           optimiser steps done
@@ -435,7 +442,7 @@ TINY_LEARNING_RATES = {"tuned": 2.4e-2, "paper": 6e-3, "lora": 4e-3}
 RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 
 
-between = ev.between
+between = ev.between                                 # an argparse type: (kind, least, greatest)
 COUNT, NATURAL = between(int, 1), between(int, 0)
 RATE, POSITIVE = between(float, 0), between(float, 1e-9)
 FEW = between(int, 1, 100_000)                       # more texts than that are never sampled
@@ -730,8 +737,9 @@ def signed(value, run):
 
 
 def is_ours(path):
+    """Whether this run has made a file, which it may then remove."""
     try:
-        return signed(read(path), identity(path.parent))
+        return signed(read(path, mmap=True), identity(path.parent))
     except ev.UserError:                             # it cannot even be read
         return False
 
@@ -749,12 +757,12 @@ def save(value, path):
     part.replace(path)
 
 
-def read(path):
-    """What `save` has written."""
+def read(path, mmap=False):
+    """What `save` has written. mmap: tensors stay on the disk until they are used."""
     with ev.blame(f"{path} is damaged: delete it, to make it again"):
         if path.suffix == ".json":
             return json.loads(path.read_text())
-        return torch.load(path, "cpu", mmap=True)
+        return torch.load(path, "cpu", mmap=mmap)
 
 
 def checkpoint(out, model, optimizer, lines):

@@ -278,8 +278,10 @@ def write_gpu_rows(out, quick):
 
 
 def write_random_checkpoint(directory, quick):
-    """Qwen2.5-1.5B's shapes, or small ones, with random weights and the embedded model's tokenizer,
+    """If a directory is given: Qwen2.5-1.5B's shapes, or small ones, with random weights and the embedded model's tokenizer,
     for a run of train_math.py from end to end."""
+    if not directory:
+        return
     tokenizer = ev.load_model("tiny", "cpu", torch.float32)[1]
     model = random_model(SMALL if quick else QWEN25_SHAPE)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -295,11 +297,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small, once, nothing written")
     parser.add_argument("--gpu", action="store_true", help="the rows of assets/gpu.sh alone")
     parser.add_argument("--out", help="where --gpu writes its rows")
-    parser.add_argument("--random-checkpoint", metavar="DIR", help="write random weights, and stop")
+    parser.add_argument("--random-checkpoint", metavar="DIR", help="with --gpu: write one here")
     options = parser.parse_args()
-    if options.random_checkpoint:
-        return write_random_checkpoint(options.random_checkpoint, options.quick)
     if options.gpu:
+        write_random_checkpoint(options.random_checkpoint, options.quick)
         return write_gpu_rows(options.out, options.quick)
     name, quick = Path(options.model).name, options.quick
     count, rank, layers, batch, length = (1, 8, 2, 4, 32) if quick else (3, 64, 6, 16, 200)

@@ -39,18 +39,19 @@ if [ "${1:-}" = suites ]; then           # what takes an hour on a CPU
     step report 60 python3 assets/experiments.py report
     tail -n +1 "$OUT/report.log"
 else
-    size="" tiny="" random="--max-steps 10 --calibration-samples 64 --calibration-max-tokens 256"
+    tests="" size="" tiny="" random="--max-steps 10 --calibration-samples 64 --calibration-max-tokens 256"
     if [ "$QUICK" = 1 ]; then
-        size="--quick"
+        tests="--collect-only" size="--quick"
         tiny="--max-steps 2 --max-samples 32 --calibration-samples 4 --calibration-max-tokens 40"
         tiny="$tiny --task-samples 8 --eval-samples 4 --tasks nll=tiny/test.jsonl,drift"
         random="--max-steps 2 --max-samples 32 --batch-size 4 --calibration-samples 4 --rank 8"
         random="$random --calibration-max-tokens 40 --task-samples 4 --max-length 256"
     fi
-    step tests 150 python3 -m pytest -q -p no:cacheprovider test_folora.py -k on_this_device
+    step tests 150 python3 -m pytest -q -p no:cacheprovider test_folora.py $tests \
+        -k on_this_device
     step tiny 150 python3 train_math.py $tiny --out "$OUT/tiny-run"
-    step costs 240 python3 assets/bench.py --gpu $size --out "$OUT/gpu.json"
-    step checkpoint 60 python3 assets/bench.py --random-checkpoint "$OUT/random" $size
+    step costs 240 python3 assets/bench.py --gpu $size --out "$OUT/gpu.json" \
+        --random-checkpoint "$OUT/random"
     step end-to-end 120 python3 train_math.py --model "$OUT/random" --data tiny/train.jsonl \
         --tasks nll=tiny/test.jsonl,drift --eval-samples 8 $random --out "$OUT/random-run"
     rm -rf "$OUT/random" "$OUT"/*-run/{adapter,prepared.pt,checkpoint.pt}

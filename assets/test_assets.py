@@ -1,6 +1,8 @@
 """Tests of the baselines and of the measurements: python -m pytest -q assets"""
 import copy
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -187,3 +189,17 @@ def test_every_setting_of_a_suite_is_a_command_line(suite):
         assert setting["method"] in ("folora", "lora", *baselines.STARTS)
         suite_options = experiments.SUITES[suite]["options"].split()
         experiments.options_of(suite_options, setting["method"], setting["flags"], 0)
+
+
+def test_gpu_sh_runs_at_toy_size(tmp_path):
+    """On a CPU, so that it is known to work before the minutes of a GPU count."""
+    done = subprocess.run(["bash", HERE / "assets" / "gpu.sh"], text=True, capture_output=True,
+                          env=os.environ | {"OUT": str(tmp_path), "QUICK": "1"})
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    steps = {row.split(" | ")[0][2:]: row.split(" | ")[1] for row in rows[-5:]}
+    wanted = dict.fromkeys(("tests", "tiny", "costs", "end-to-end"), "done")
+    assert {name: steps.get(name) for name in wanted} == wanted, done.stdout + done.stderr
+    measured = read_json(tmp_path / "gpu.json")["rows"]
+    for what in ("FoLoRA + penalty, s", "sampled", "covariances", "null space", "CorDA"):
+        assert any(what in row["row"] for row in measured), what
+    assert not (tmp_path / "random").exists()
