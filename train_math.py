@@ -5,23 +5,17 @@
     torchrun --nproc-per-node 4 train_math.py --model Qwen2.5-1.5B           # on four GPUs
     python train_math.py --model DIR --data FILE.jsonl --tasks gsm8k=TEST.jsonl,drift        # local
 
-<<<<<<< HEAD
-The run is kept in --out: config.json (all options), metrics.jsonl, summary.json (scores),
-adapter/ (for PEFT) and, with --merge 1, merged/ (a plain Hugging Face checkpoint). The same command
-goes on with an interrupted run and ends with the same numbers. Of a finished one it prints the
-table. Another run needs another --out. It samples and decomposes anew, unless it takes what a run
-has prepared for the same model (a larger --rank or --basis-rank cannot be served):
+The run is kept in --out: config.json (all options, and a digest of each file that it reads),
+metrics.jsonl, summary.json (scores), adapter/ (for PEFT) and, with --merge 1, merged/ (a plain
+Hugging Face checkpoint). The same command goes on with an interrupted run and ends with the same
+numbers. Of a finished one it prints the table. Another run needs another --out, new or empty. It
+samples and decomposes anew, unless it takes what a run has prepared for the same model (a larger
+--rank or --basis-rank cannot be served):
 
     python train_math.py --model Qwen2.5-1.5B --lr 1e-3 --prepared runs/Qwen2.5-1.5B-folora --out b
 
 For this, prepared.pt (4 (k + r) bytes for each input dimension: 0.3 GB for Qwen2.5-1.5B) and the
 small calibration.json, held_out.json and untouched.json stay in --out; delete them as you like.
-=======
-The run is kept in --out: config.json (all options, and a digest of each file that it reads),
-metrics.jsonl, summary.json (scores), adapter/ (for PEFT) and, with --merge 1, merged/ (a plain
-Hugging Face checkpoint). The same command goes on with an interrupted run and ends with the same
-numbers. Of a finished one it prints the table. Another run needs another --out, new or empty.
->>>>>>> w32b
 metrics.jsonl has a line for each step:
 
     step           optimiser steps done
@@ -434,7 +428,7 @@ PRESETS = {
 # What --model tiny sets.
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=2000, batch_size=16,
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
-            calibration_max_tokens=224, eval_samples=200, compare="lora")
+            calibration_max_tokens=224, eval_samples=200, compare="lora", penalty=0.3)
 # --lr where it is not given. tiny has to learn a task from nothing, in few steps.
 LEARNING_RATES = {"tuned": 3e-3, "paper": 3e-4, "lora": 1e-3}
 TINY_LEARNING_RATES = {"tuned": 2.4e-2, "paper": 6e-3, "lora": 4e-3}

@@ -278,8 +278,8 @@ def write_gpu_rows(out, quick):
 
 
 def write_random_checkpoint(directory, quick):
-    """If a directory is given: Qwen2.5-1.5B's shapes, or small ones, with random weights and the embedded model's tokenizer,
-    for a run of train_math.py from end to end."""
+    """For a run of train_math.py from end to end: Qwen2.5-1.5B's shapes, or small ones, with random
+    weights, and the embedded model's tokenizer. Nothing, where no directory is given."""
     if not directory:
         return
     tokenizer = ev.load_model("tiny", "cpu", torch.float32)[1]
