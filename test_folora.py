@@ -1000,13 +1000,13 @@ def test_merge_and_save_find_adapters_of_a_reloaded_folora(rebuild, tmp_path, mo
         folora.merge(model)
 
 
-@pytest.mark.parametrize("zero_start", [True, False])
-def test_layers_of_different_rank_and_alpha_are_saved_as_peft_has_them(zero_start, tmp_path):
+@pytest.mark.parametrize("zero_start, alpha", [(True, 6), (True, None), (False, 6)])
+def test_layers_of_different_rank_and_alpha_are_saved_as_peft_has_them(zero_start, alpha, tmp_path):
     model, C = Nested(), {"q_proj": covariance(16, 40).float()}
     base = copy.deepcopy(model)
     bases = folora.decompose(model, C, C, 3) + [
         basis | {"modules": ["inner.q_proj"]} for basis in folora.decompose(model, C, C, 5)]
-    folora.attach(model, bases, 0.1, alpha=6, zero_start=zero_start)
+    folora.attach(model, bases, 0.1, alpha, zero_start=zero_start)
     for layer in (model.q_proj, model.inner.q_proj):
         nn.init.normal_(layer.lora_B)
     folora.save_adapter(model, tmp_path)
