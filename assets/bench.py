@@ -99,13 +99,16 @@ def step_rows(load, name, repetitions, bar, rank, batch, length, micro=8):
 
 
 def memory_rows(rank=128):
-    """Bases in bfloat16 and the two moments in float32, computed from the layers' shapes."""
+    """Bases in bfloat16, the two moments and what the penalty needs in float32, computed from the
+    layers' shapes."""
     for method, k in METHODS.items():
         size = 0
         for d_in, outputs in QWEN3:
             moved = min(k or d_in, d_in)                   # a moment of A is (rank, moved)
             size += 0 if k is None else 2 * moved * d_in   # V is (d_in, moved)
             size += sum(2 * 4 * rank * (moved + d_out) for d_out in outputs)
+            if k is not None:                              # Ā0 and N H Nᵀ, and an Ā for each layer
+                size += 4 * rank * (moved + rank) + 4 * rank * moved * len(outputs)
         yield row(f"bases and moments by formula, Qwen3-1.7B, r={rank}: {method}, GB", [size / 1e9])
 
 
