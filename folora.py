@@ -469,8 +469,8 @@ class SAdam(torch.optim.Optimizer):
         """[ours] The mean over the layers of R(ΔW) / R(W0): by which share of their mean square the
         adapters have changed the layers' outputs on pretraining text. It takes no forward pass.
         nan where A was loaded or changed without this optimiser's knowledge."""
-        shares = [share.cpu() for share, _, _ in self._updates()]
-        return torch.stack(shares).mean().item()
+        shares = [share.item() for share, _, _ in self._updates()]
+        return sum(shares) / len(shares) if shares else math.nan
 
     def load_state_dict(self, state_dict):
         """As torch's. ValueError if the state was saved with bases or moments of other shapes."""

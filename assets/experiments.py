@@ -102,8 +102,12 @@ def load(suite, fresh):
     how, length = FRESH_TEXT if fresh else {}, min(256, options.calibration_max_tokens)
     texts = cached(how, lambda _: ev.held_out(model, tokenizer, length, **how), options)
     C = train_math.covariances(options, model, [text.tolist() for text in texts], "held-out text")
+    # The KL is also measured on the task's own questions, which forgetting is said to follow
+    # ("RL's Razor", arXiv 2509.04259).
+    questions = [ev.ALPACA.format(question) for question, _ in tasks["nll"][:32]]
+    questions = [torch.tensor(ids) for ids in ev.encode(tokenizer, questions)]
     return argparse.Namespace(model=model, tokenizer=tokenizer, examples=examples, tasks=tasks,
-                              answers=answers, texts=texts, C=C)
+                              answers=answers, texts=texts, questions=questions, C=C)
 
 
 def hidden_cka(shared, model):
@@ -140,13 +144,14 @@ def scores_of(shared, exact, scale=1.0):
     scores |= ev.summarise(scores)
     scores |= {"penalty": penalty(shared, model), "cka": hidden_cka(shared, model)}
     if whole:
+        scores["task drift"] = ev.drift(model, shared.model, shared.questions)
         scores |= {f"{n} answers": ev.mean_nll(model, some) for n, some in shared.answers.items()}
     return {name: float(f"{score:.5g}") for name, score in scores.items()}
 
 
 # What no option of train_math.py does: other fields in the optimiser's groups of A.
 CHANGES = {"A slow": {"scale": 1 / 3}, "A frozen": {"scale": 0.0},
-           "plain Adam": {"basis": None, "gate": None}}
+           "plain Adam": {"basis": None, "gate": None, "partners": (), "shares": ()}}
 
 
 def run(shared, suite, setting):

@@ -106,8 +106,9 @@ def test_a_suite_scores_the_command_lines_run_and_its_scaled_update_once(
     experiments.run_all("tiny", suite)
     row, = experiments.read("tiny")["runs"]
     scores = read_json(trained("folora")[0] / "summary.json")["scores"]["folora"]
-    measures = {name: row["scores"].pop(name) for name in ("penalty", "cka")}
+    measures = {name: row["scores"].pop(name) for name in ("penalty", "cka", "task drift")}
     del scores["Avg1(%)"]
+    assert 0 < measures["task drift"] != scores["drift"]
     assert row["scores"] == pytest.approx(scores, rel=1e-4, abs=1e-6)
     for scale in (0.7, 0.5, 0.35):
         some = row["scaled"][str(scale)]
