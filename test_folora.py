@@ -1648,7 +1648,8 @@ def test_training_writes_a_run_that_eval_reads(run, trained, capsys):
 
 
 @pytest.mark.parametrize("run, kl, how", [
-    (("lora",), 0, dict(lr=4e-3)), (("lora", "--penalty", "30"), 0, dict(lr=4e-3)),
+    (("lora",), 0, dict(lr=4e-3)),
+    (("lora", "--penalty", "1000", "--calibration-samples", "4"), 0, dict(lr=4e-3)),
     (PAPER, 5, folora.PAPER | dict(lr=6e-3, basis_rank=16)),
     (COMPARED, 2, dict(lr=1e-2, s_min=0.7, lam=2.0, penalty=5.0,
                        target_modules=("q_proj", "down_proj")))])
@@ -1662,7 +1663,7 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
     task = [torch.tensor(example["ids"]) for example in examples[:8]]
     inputs = [[ev.collate(batch, CPU) for batch in ev.by_length(some, 4)] for some in (texts, task)]
     if "--penalty" in run:
-        dense = DensePenalty(model, inputs[0], folora.TARGET_MODULES, 30.0)
+        dense = DensePenalty(model, inputs[0], folora.TARGET_MODULES, 1000.0)
     torch.manual_seed(0)
     if run[0] == "lora":
         optimizer = train_math.add_adapters(train_math.parse_options(command("lora")), model)
@@ -1686,7 +1687,7 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
         else:
             assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2)
         literal = [loss.item(), group["lr"], norm.item()]
-        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=4e-3)
+        assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
         with torch.no_grad():
             now = literal_kl(untouched, model, held_out).item()
         assert line["drift"] in (None, pytest.approx(now, rel=1e-2, abs=1e-6))
@@ -2010,7 +2011,8 @@ def test_defaults_are_the_papers_or_marked_as_ours(capsys):
         ours, preset = inspect.signature(function).parameters.items(), train_math.PRESETS["tuned"]
         assert all(p.default == preset[name] for name, p in ours if name in preset)
     tuned = train_math.parse_options("--lam 2 --rank 16 --max-steps 1".split())
-    wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=2.4e-2)
+    wanted = train_math.TINY | dict(lam=2.0, s_min=0.0, zero_start=1, rank=16, lr=2.4e-2,
+                                    penalty=0.3)
     assert wanted.items() <= vars(tuned).items()
     assert folora.PAPER.items() <= vars(train_math.parse_options(["--preset", "paper"])).items()
     assert all("ours" in text or "the paper's" in text for *_, text in train_math.OPTIONS)

@@ -428,10 +428,12 @@ PRESETS = {
 # What --model tiny sets.
 TINY = dict(data=str(ev.TINY / "train.jsonl"), rank=32, epochs=2, max_samples=2000, batch_size=16,
             micro_batch_size=8, gradient_checkpointing=0, max_length=256, calibration_samples=256,
-            calibration_max_tokens=224, eval_samples=200, compare="lora", penalty=0.3)
+            calibration_max_tokens=224, eval_samples=200, compare="lora")
 # --lr where it is not given. tiny has to learn a task from nothing, in few steps.
 LEARNING_RATES = {"tuned": 3e-3, "paper": 3e-4, "lora": 1e-3}
 TINY_LEARNING_RATES = {"tuned": 2.4e-2, "paper": 6e-3, "lora": 4e-3}
+# The tuned preset's --penalty with tiny.
+TINY_PENALTY = 0.3
 # Another value of these makes no other run.
 RESUME_MAY_CHANGE = {"out", "device", "micro_batch_size", "gradient_checkpointing", "compare"}
 
@@ -471,7 +473,7 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
     ("--basis-rank", directions, None, "directions in which A may move, 0: all [ours]"),
     ("--zero-start", switch, None, "1: B starts at 0; 0: at the paper's W0 A0ᵀ [ours]"),
     ("--scale-lr-B", switch, None, "1: B's learning rate follows W0's size; 0: it is A's [ours]"),
-    ("--penalty", RATE, None, "weight of the penalty on the whole update [ours]"),
+    ("--penalty", RATE, None, "weight of the penalty on the whole update; lora: 0 [ours]"),
     ("--kl", RATE, 0.0, "weight of KL(untouched || now) on 4 calibration texts a step [ours]"),
     ("--epochs", COUNT, 3, "passes over the data [ours; the paper has 1]"),
     ("--max-steps", COUNT, None, "so many steps instead of --epochs [ours]"),
@@ -499,8 +501,9 @@ OPTIONS = [       # flag, type or choices, default (None: see the end of --help)
 def settings_table():
     """The end of --help: what the presets and --model tiny set, an option a line."""
     columns = {preset: PRESETS[preset] | {"lr": LEARNING_RATES[preset]} for preset in PRESETS}
-    columns["lora"] = {"lr": LEARNING_RATES["lora"]}
-    columns["tiny"] = TINY | {"data": "tiny/train.jsonl", "lr": TINY_LEARNING_RATES["tuned"]}
+    columns["lora"] = {"lr": LEARNING_RATES["lora"], "penalty": 0.0}
+    columns["tiny"] = TINY | {"data": "tiny/train.jsonl", "lr": TINY_LEARNING_RATES["tuned"],
+                              "penalty": TINY_PENALTY}
     lines = ["what --preset, --method lora and --model tiny set:",
              " " * 26 + "".join(f"{name:>10}" for name in columns)]
     for name in dict.fromkeys(name for column in columns.values() for name in column):
@@ -535,10 +538,12 @@ def parse_options(arguments=None):
     rates = TINY_LEARNING_RATES if is_tiny else LEARNING_RATES
     lr = rates["lora" if chosen.method == "lora" else chosen.preset]
     parser.set_defaults(**PRESETS[chosen.preset])
-    if chosen.method == "lora":
-        parser.set_defaults(penalty=0.0)             # plain LoRA has none by default
     if is_tiny:
         parser.set_defaults(**TINY)
+        if chosen.preset == "tuned":
+            parser.set_defaults(penalty=TINY_PENALTY)
+    if chosen.method == "lora":
+        parser.set_defaults(penalty=0.0)             # plain LoRA has none
     parser.set_defaults(lr=lr, tasks=ev.default_tasks(chosen.model),
                         out=f"runs/{Path(chosen.model).resolve().name}-{chosen.method}")
     return parser.parse_args(arguments)
