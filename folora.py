@@ -1673,7 +1673,8 @@ def check_peft_loads(model, names):
                if name.split(".")[-1] in ("gate", "gate_proj", "up_proj", "down_proj")]
     if fused and dropped:
         raise ValueError(f"PEFT would not load the adapter of {dropped[0]}, because this model has "
-                         "fused experts: folora.merge(model) and save_pretrained in its place")
+                         "fused experts: leave it out of target_modules, or save the whole model "
+                         "by folora.merge(model).save_pretrained")
 
 
 # ==================================================================================================

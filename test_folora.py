@@ -1685,7 +1685,9 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
         if run[0] == "lora":
             assert line["forgetting"] is None
         else:
-            assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2)
+            # After one step it is about 1e-6, and a few hundredths of that are rounding: where a
+            # gradient is near 0, Adam's first step has its sign but not its size.
+            assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2, abs=1e-7)
         literal = [loss.item(), group["lr"], norm.item()]
         assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
         with torch.no_grad():

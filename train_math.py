@@ -148,7 +148,8 @@ def load(options):
     check_lengths(options, tasks)
     model, tokenizer = ev.load_model(options.model, options.device, options.dtype)
     with ev.blame("--target-modules or --rank"):
-        folora.find_targets(model, targets(options), options.rank)
+        layers = folora.find_targets(model, targets(options), options.rank)
+        folora.check_peft_loads(model, layers)       # save_adapter would refuse after training
     if options.prepared:
         prepared_bases(options, model)
     return model, tokenizer, ev.encode_all(tokenizer, pairs, options.max_length), tasks
