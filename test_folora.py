@@ -1662,7 +1662,8 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
     texts = folora.sample_calibration(untouched, tokenizer, 4, 40, 40)
     task = [torch.tensor(example["ids"]) for example in examples[:8]]
     inputs = [[ev.collate(batch, CPU) for batch in ev.by_length(some, 4)] for some in (texts, task)]
-    if "--penalty" in run:
+    lora_with_penalty = run[0] == "lora" and "--penalty" in run     # SAdam has its own
+    if lora_with_penalty:
         dense = DensePenalty(model, inputs[0], folora.TARGET_MODULES, 1000.0)
     torch.manual_seed(0)
     if run[0] == "lora":
@@ -1678,16 +1679,14 @@ def test_training_is_a_literal_loop_without_micro_batches(run, kl, how, trained,
             (kl * literal_kl(untouched, model, texts)).backward()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if "--penalty" in run:
+        if lora_with_penalty:
             dense(model).backward()
         optimizer.step()
         optimizer.zero_grad()
         if run[0] == "lora":
             assert line["forgetting"] is None
         else:
-            # After one step it is about 1e-6, and a few hundredths of that are rounding: where a
-            # gradient is near 0, Adam's first step has its sign but not its size.
-            assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2, abs=1e-7)
+            assert line["forgetting"] == pytest.approx(optimizer.forgetting(), rel=1e-2)
         literal = [loss.item(), group["lr"], norm.item()]
         assert [line["loss"], line["lr"], line["grad_norm"]] == pytest.approx(literal, rel=1e-3)
         with torch.no_grad():
