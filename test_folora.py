@@ -1766,6 +1766,8 @@ def test_a_second_run_takes_what_a_first_has_prepared(trained, tmp_path, monkeyp
     assert "was made for something else: the rank is 8 there" in stop("--rank", "9")
     (tmp_path / "prepared.pt").write_bytes((first / "prepared.pt").read_bytes()[:-99])
     assert "is damaged" in stop("--prepared", str(tmp_path / "prepared.pt"))
+    for nothing in (tmp_path / "nowhere", Path("tiny").absolute()):  # no file, no run
+        assert "there is no" in stop("--prepared", str(nothing))
     assert not (tmp_path / "x").exists()
     monkeypatch.undo()
     texts = str(first / "calibration.json")

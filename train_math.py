@@ -142,6 +142,8 @@ def load(options):
     tasks = ev.load_tasks(options.tasks, options.eval_samples)
     if options.calibration != "self":
         given_texts(options)
+    if options.prepared:
+        prepared_file(options)
     rows = ev.read_rows(options.data, limit=options.max_samples)
     pairs = ev.to_pairs(rows, options.data)
     check_size(options, len(pairs))
@@ -225,11 +227,18 @@ def packed(options, model, texts, examples):
     return folora.pack_prepared(model, bases, TAU, options.basis_rank, tokens)
 
 
-def prepared_bases(options, model):
-    """The directions in --prepared, a run's directory or a file of folora.prepare's cache."""
+def prepared_file(options):
+    """The file of --prepared, a run's directory or a file of folora.prepare's cache."""
     path = Path(options.prepared)
     if path.is_dir():
         path /= "prepared.pt"
+    ev.need(path.is_file(), f"--prepared: there is no {path}: name a run of FoLoRA or a file")
+    return path
+
+
+def prepared_bases(options, model):
+    """The directions in --prepared."""
+    path = prepared_file(options)
     found = read(path)
     if isinstance(found, dict) and "value" in found:                 # a run's
         found = found["value"]
